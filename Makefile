@@ -1,0 +1,63 @@
+# Every target works on a fresh machine: the environment is built at the first call, then reused.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-slow lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       the main job on data that ships with a library: Fed-SB on rotated digits"
+	@echo "make test       all tests but the slow ones"
+	@echo "make test-slow  the slow tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff format"
+	@echo "make bench      the benchmarks"
+	@echo "make clean      remove caches and build products; .venv and runs stay"
+
+# torch comes first and pinned: an unpinned torch pulls several GB of GPU packages.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/pip ]; then \
+	  for python in $(PYTHON) python3.11 python3; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      echo "creating $(VENV) with $$($$python --version)"; \
+	      $$python -m venv $(VENV) && break || exit 1; \
+	    fi; \
+	  done; \
+	fi
+	@if [ ! -x $(BIN)/pip ]; then \
+	  echo "fedsys needs Python 3.11 or later; none was found. If you have one, name it:"; \
+	  echo "  make PYTHON=/path/to/python3.11"; \
+	  exit 1; \
+	fi
+	@echo "installing into $(VENV); the first time takes minutes"
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e ".[text,image,report,dev]"
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/fedsys run
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

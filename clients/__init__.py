@@ -1,0 +1,6 @@
+"""What runs at a client: local training, of one client or of a cohort in one pass."""
+
+from clients.app import CohortApp, Site
+from clients.training import LocalTraining
+
+__all__ = ["CohortApp", "LocalTraining", "Site"]

@@ -1,0 +1,112 @@
+"""Local training of K >= 1 clients in one pass; K = 1 is the same code.
+
+    g_k = dF_k/dw_k + local_gradient(w_k, x_t),     w_k <- optimizer(w_k, g_k)       k = 1..K
+
+Every client's tensors are one row of a matrix (K, size), so one optimizer over the matrix, being
+element-wise, is K optimizers. Clients are ordered by their number of local steps: those still
+training are the first rows, and a client that has finished is out of reach of momentum and Adam.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clients.training import LocalTraining
+from fedsys.cohort import CohortModel
+from fedsys.data.examples import Batch, Examples
+from fedsys.losses import IGNORE, client_losses
+from fedsys.params import Params
+
+LocalGradient = Callable[[Params, Params], Params]  # (w, x_t) -> what is added to the gradient
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a cohort trains on in one round."""
+
+    model: CohortModel
+    examples: Examples
+    training: LocalTraining
+    local_gradient: LocalGradient
+    device: torch.device
+
+
+def train_cohort(
+    task: Task, start: Tensor, batches: list[Tensor], lr: float
+) -> tuple[Tensor, Tensor]:
+    """Train K clients from x_t = ``start`` (size,) and return x_n (K, size) and mean losses (K,).
+
+    ``batches`` holds each client's row numbers (steps_k, batch_size), -1 for no row.
+    """
+    order = sorted(range(len(batches)), key=lambda k: -len(batches[k]))
+    plan = nn.utils.rnn.pad_sequence([batches[k] for k in order], True, -1)
+    steps = torch.tensor([len(batches[k]) for k in order])
+    trained = start.expand(len(order), -1).clone()
+    losses = torch.zeros(len(order))
+    optimizer: Optimizer | None = None
+    active = 0
+    for step in range(plan.shape[1]):
+        if (still := int((steps > step).sum())) != active:
+            active = still
+            flat = nn.Parameter(trained[:active])  # shares the memory of its rows
+            optimizer = _resume(optimizer, flat, task, lr)
+            leaves = {n: nn.Parameter(v) for n, v in task.model.layout.unpack(flat.data).items()}
+            task.model.bind(leaves)
+        batch = gather(task.examples, plan[:active, step], task.device)
+        losses[:active] += _step(task, optimizer, flat, leaves, batch, start, steps[:active], step)
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return trained[back], (losses / steps)[back]
+
+
+def _step(
+    task: Task,
+    optimizer: Optimizer,
+    flat: nn.Parameter,
+    leaves: Params,
+    batch: Batch,
+    start: Tensor,
+    steps: Tensor,
+    step: int,
+) -> Tensor:
+    """Take one local step of every active client and return their losses (K,)."""
+    labels = batch.pop("labels")
+    losses = client_losses(task.model(**batch), labels, len(flat))
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+    flat.grad = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
+    extra = task.local_gradient(leaves, task.model.layout.unpack(start))
+    if extra:
+        flat.grad += torch.cat([extra[name].detach().flatten(1) for name in leaves], 1)
+    if task.training.varies_in_round:
+        before = flat.detach().clone()
+        optimizer.step()
+        # Every update is linear in lr, so a client's own step size is a fraction of the way.
+        factors = task.training.step_factors(step, steps).to(flat)
+        flat.data.copy_(torch.lerp(before, flat.data, factors[:, None]))
+    else:
+        optimizer.step()
+    return losses.detach().float().cpu()
+
+
+def _resume(optimizer: Optimizer | None, flat: nn.Parameter, task: Task, lr: float) -> Optimizer:
+    """Return an optimizer over ``flat`` that goes on with the first rows of the old one's state."""
+    fresh = task.training.make_optimizer(flat, lr)
+    if optimizer is not None:
+        (state,) = optimizer.state.values() or ({},)
+        fresh.state[flat] = {
+            name: value[: len(flat)] if isinstance(value, Tensor) and value.dim() == 2 else value
+            for name, value in state.items()
+        }
+    return fresh
+
+
+def gather(examples: Examples, rows: Tensor, device: torch.device) -> Batch:
+    """Return the batch of ``rows`` (K, B) as K*B rows; -1 gives a row whose labels are ignored."""
+    rows = rows[:, (rows >= 0).any(0)]
+    flat = rows.flatten()
+    batch = examples.batch(flat.clamp(min=0))
+    batch["labels"][flat < 0] = IGNORE
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -1,0 +1,112 @@
+"""How a client trains in a round: the optimizer, its step sizes and its batches."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from fedsys.seeds import generator
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """Hyperparameters of local training; the optimizer starts afresh in every round."""
+
+    lr: float
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = 0.0  # sgd
+    nesterov: bool = False  # sgd
+    weight_decay: float = 0.0
+    beta1: float = 0.9  # adam, adamw
+    beta2: float = 0.999  # adam, adamw
+    eps: float = 1e-8  # adam, adamw
+    batch_size: int = 32
+    epochs: int = 1
+    steps: int | None = None  # local steps; overrides epochs
+    schedule: Schedule = "constant"  # of lr over a client's local steps
+    warmup: float = 0.0  # fraction of the local steps with rising lr
+    round_schedule: Schedule = "constant"  # of lr over the rounds
+    round_decay: float = 1.0  # lr is multiplied by this after each round
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "round_decay"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("momentum", "beta1", "beta2", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("batch_size", "epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        if self.optimizer not in ("sgd", "adam", "adamw"):
+            raise ValueError(f"optimizer is sgd, adam or adamw, got {self.optimizer!r}")
+
+    def make_optimizer(self, param: nn.Parameter, lr: float) -> Optimizer:
+        """Return a fresh optimizer, which acts on every number by itself and so on every client."""
+        if self.optimizer == "sgd":
+            momentum = {"momentum": self.momentum, "nesterov": self.nesterov}
+            return SGD([param], lr=lr, weight_decay=self.weight_decay, **momentum)
+        kind = Adam if self.optimizer == "adam" else AdamW
+        betas = (self.beta1, self.beta2)
+        return kind([param], lr=lr, betas=betas, eps=self.eps, weight_decay=self.weight_decay)
+
+    def round_lr(self, round: int, rounds: int) -> float:
+        """Return the base step size of ``round`` in [1, rounds]."""
+        progress = (round - 1) / max(rounds, 1)
+        return self.lr * self.round_decay ** (round - 1) * _curve(self.round_schedule, progress)
+
+    def step_factors(self, step: int, steps: Tensor) -> Tensor:
+        """Return lr's factor (K,) at local step ``step`` of clients that take ``steps`` (K,)."""
+        if self.schedule == "constant" and not self.warmup:
+            return torch.ones(len(steps))
+        return torch.tensor([self._factor(step, total) for total in steps.tolist()])
+
+    def _factor(self, step: int, total: int) -> float:
+        rising = int(self.warmup * total)
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return _curve(self.schedule, (step - rising) / max(total - rising, 1))
+
+    @property
+    def varies_in_round(self) -> bool:
+        """Whether lr changes from one local step to the next."""
+        return self.schedule != "constant" or self.warmup > 0
+
+    def num_steps(self, num_examples: int) -> int:
+        """Return how many local steps a client with ``num_examples`` takes."""
+        each = math.ceil(num_examples / self.batch_size)
+        return self.steps if self.steps is not None else self.epochs * each
+
+    def batches(self, rows: Tensor, seed: int, round: int, client: int) -> Tensor:
+        """Return the rows of every local step, (steps, batch_size), -1 where a batch is short.
+
+        Each epoch is a fresh permutation drawn from (seed, round, client); ``steps`` beyond an
+        epoch go on with the next one.
+        """
+        draw = generator(seed, "batches", round, client)
+        count, size = len(rows), self.batch_size
+        each, total = math.ceil(count / size), self.num_steps(count)
+        epochs = []
+        for _ in range(math.ceil(total / each)):
+            epoch = rows[torch.randperm(count, generator=draw)]
+            epochs.append(nn.functional.pad(epoch, (0, each * size - count), value=-1))
+        return torch.cat(epochs).view(-1, size)[:total]
+
+
+def _curve(schedule: Schedule, progress: float) -> float:
+    """Return the factor after the fraction ``progress`` in [0, 1) of the way."""
+    if schedule == "linear":
+        return 1 - progress
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0

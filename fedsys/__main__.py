@@ -1,0 +1,7 @@
+"""``python -m fedsys`` is ``fedsys``."""
+
+import sys
+
+from fedsys.main import main
+
+sys.exit(main())

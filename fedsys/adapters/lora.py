@@ -1,0 +1,58 @@
+"""LoRA and FFA-LoRA: W x + (alpha / rank) B A x.
+
+LoRA trains A and B (Hu et al. 2021, https://arxiv.org/abs/2106.09685). FFA-LoRA draws A once from
+the shared seed and trains B only, so that the average of products is the product of averages
+(Sun et al., ICLR 2024, https://arxiv.org/abs/2403.12313).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedsys.adapters.lowrank import ALL_LINEAR, attach
+from fedsys.seeds import generator
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A and B trained; A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W is unchanged at the start."""
+
+    rank: int
+    alpha: float
+    targets: str | Sequence[str] = ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        if self.alpha <= 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
+
+    def attach(self, model: nn.Module, seed: int) -> None:
+        """Put the adapters into ``model``, drawn from ``seed``, one generator a layer."""
+        placed = attach(model, self.targets, self.rank, self.alpha / self.rank, middle=False)
+        for index, (_, adapter) in enumerate(placed):
+            bound = adapter.A.in_features**-0.5
+            weight = adapter.A.weight.data
+            weight.uniform_(-bound, bound, generator=generator(seed, "adapter", index))
+            nn.init.zeros_(adapter.B.weight)
+            adapter.A.requires_grad_(self._trains_a)
+            adapter.B.requires_grad_(True)
+
+    @property
+    def _trains_a(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class FFA(LoRA):
+    """A frozen at its seeded draw, B trained."""
+
+    @property
+    def _trains_a(self) -> bool:
+        return False
+
+
+def check_rank(rank: int) -> None:
+    """Raise ``ValueError`` unless ``rank`` is at least 1."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")

@@ -1,0 +1,125 @@
+"""The one adapter module, and where it goes.
+
+    y = W x + b + scaling * B [R] A x
+
+Shapes: W (out, in), A (rank, in), R (rank, rank), B (out, rank). LoRA trains A and B and has no R.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedsys.params import Params
+
+ALL_LINEAR = "all-linear"
+OUTPUT_LAYERS = ("head", "classifier", "score", "lm_head", "embed_out")
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer with a low-rank update beside it."""
+
+    def __init__(self, base: nn.Module, rank: int, scaling: float, *, middle: bool) -> None:
+        super().__init__()
+        out, inside = weight_of(base).shape
+        self.base = base
+        self.scaling = scaling
+        like = {"dtype": weight_of(base).dtype, "bias": False}
+        self.A = nn.utils.skip_init(nn.Linear, inside, rank, **like)
+        self.R = nn.utils.skip_init(nn.Linear, rank, rank, **like) if middle else nn.Identity()
+        self.B = nn.utils.skip_init(nn.Linear, rank, out, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the base's output plus the update, in the base's dtype."""
+        y: Tensor = self.base(x)
+        low = _apply(self.R, _apply(self.A, x))
+        return y + (self.scaling * _apply(self.B, low.to(x.dtype))).to(y.dtype)
+
+
+def _apply(layer: nn.Module, x: Tensor) -> Tensor:
+    if type(layer) is nn.Linear:
+        # A frozen factor is kept in float32 and applied in the dtype of the base.
+        return F.linear(x, layer.weight.to(x.dtype))
+    y: Tensor = layer(x)
+    return y
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Return whether ``layer`` is GPT-2's Conv1D, which stores its weight as (in, out)."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return a view (out, in) of the layer's weight."""
+    weight = layer.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(layer).__name__} has no weight matrix")
+    return weight.T if is_transposed(layer) else weight
+
+
+def targets_of(model: nn.Module, targets: str | Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """Return the (name, layer) pairs that ``targets`` names, in the model's order.
+
+    ``all-linear`` stands for every linear layer but the output layer; a list holds endings of names
+    such as ``query`` or ``attention.output.dense``. Raises ``ValueError`` for an ending that
+    matches nothing. A layer whose weight is tied to an embedding is never adapted.
+    """
+    linear = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear or is_transposed(m)]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    free = [(n, m) for n, m in linear if id(m.weight) not in embeddings]
+    heads = getattr(model, "heads", ())
+    if targets == ALL_LINEAR:
+        return [(n, m) for n, m in free if not _ends(n, OUTPUT_LAYERS) and n not in heads]
+    endings = [targets] if isinstance(targets, str) else list(targets)
+    missing = [e for e in endings if not any(_ends(n, [e]) for n, _ in free)]
+    if missing:
+        kinds = sorted({n.rpartition(".")[2] for n, _ in free})
+        raise ValueError(
+            f"adapter.targets: no linear layer is named {', '.join(missing)}; "
+            f"this model has {', '.join(kinds)}"
+        )
+    return [(n, m) for n, m in free if _ends(n, endings)]
+
+
+def attach(
+    model: nn.Module, targets: str | Sequence[str], rank: int, scaling: float, *, middle: bool
+) -> list[tuple[str, LowRank]]:
+    """Freeze ``model``, put a ``LowRank`` at each target, and return them by name.
+
+    Fresh heads (``model.heads``) stay trainable. The factors are uninitialised and frozen.
+    """
+    chosen = targets_of(model, targets)
+    if not chosen:
+        raise ValueError(f"adapter.targets: {targets!r} matches no linear layer of the model")
+    for name, layer in chosen:
+        largest = min(weight_of(layer).shape)
+        if rank > largest:
+            raise ValueError(f"adapter.rank is at most {largest} for layer {name}, got {rank}")
+    model.requires_grad_(False)
+    for name in getattr(model, "heads", ()):
+        model.get_submodule(name).requires_grad_(True)
+    placed = []
+    for name, layer in chosen:
+        adapter = LowRank(layer, rank, scaling, middle=middle).requires_grad_(False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, adapter)
+        placed.append((name, adapter))
+    return placed
+
+
+def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRank]]:
+    """Yield the (name, adapter) pairs of ``model`` in order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LowRank):
+            yield name, module
+
+
+def merged(adapter: LowRank, params: Params) -> Tensor:
+    """Return ``W + scaling * B [R] A`` (out, in) for the factors ``params`` of one layer."""
+    weight = weight_of(adapter.base).float()
+    low = params["R"] @ params["A"] if "R" in params else params["A"]
+    return weight + adapter.scaling * (params["B"] @ low)
+
+
+def _ends(name: str, endings: Sequence[str]) -> bool:
+    return any(name == e or name.endswith("." + e) for e in endings)

@@ -1,0 +1,41 @@
+"""Data: sources that load rows, and partitions that divide them among clients."""
+
+from fedsys.data.digits import Digits
+from fedsys.data.examples import Batch, Dataset, Examples, TensorExamples, TokenExamples
+from fedsys.data.hub import Hub
+from fedsys.data.images import Images
+from fedsys.data.manifest import write_manifest
+from fedsys.data.partition import (
+    IID,
+    Bootstrap,
+    Contiguous,
+    DirichletFedAU,
+    DirichletFRL,
+    Natural,
+    Partition,
+)
+from fedsys.data.picture import plot_partition
+from fedsys.data.shards import Shards
+from fedsys.data.text import Text
+
+__all__ = [
+    "IID",
+    "Batch",
+    "Bootstrap",
+    "Contiguous",
+    "Dataset",
+    "Digits",
+    "DirichletFRL",
+    "DirichletFedAU",
+    "Examples",
+    "Hub",
+    "Images",
+    "Natural",
+    "Partition",
+    "Shards",
+    "TensorExamples",
+    "Text",
+    "TokenExamples",
+    "plot_partition",
+    "write_manifest",
+]

@@ -1,0 +1,1 @@
+"""Engines: each is a Flower Grid, and only a transport."""

@@ -1,0 +1,30 @@
+"""The errors that somebody catches; everything else is a ValueError or TypeError."""
+
+from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run; ``problems`` lists every reason, one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__(
+            "the configuration has problems:\n" + "\n".join(f"  - {line}" for line in self.problems)
+        )
+
+
+class DataError(ValueError):
+    """A data file is missing or malformed; the message names file, line and what was expected."""
+
+
+class ClientFailure(RuntimeError):
+    """A client's reply cannot be used; the message names the client, the round and the reason."""
+
+    def __init__(self, client: int, reason: str) -> None:
+        self.client = client
+        self.reason = reason
+        super().__init__(f"client {client}: {reason}")
+
+
+class RunError(RuntimeError):
+    """A run cannot go on; the message says why and what to do."""

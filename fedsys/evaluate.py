@@ -1,0 +1,34 @@
+"""Loss and accuracy of a global model on given rows."""
+
+import torch
+from torch import Tensor
+
+from fedsys.cohort import CohortModel
+from fedsys.data.examples import Examples
+from fedsys.losses import row_hits, row_losses
+
+
+@torch.no_grad()
+def evaluate(
+    model: CohortModel,
+    params: Tensor,
+    examples: Examples,
+    rows: Tensor,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """Return ``eval_loss`` and ``eval_accuracy`` over all targets of ``rows``.
+
+    ``params`` (size,) is the model's flat vector; for language modelling a target is a token.
+    """
+    model.bind(model.layout.unpack(params[None].to(device)))
+    loss = hits = targets = 0.0
+    for part in rows.split(batch_size):
+        batch = {n: v.to(device) for n, v in examples.batch(part).items()}
+        labels = batch.pop("labels")
+        logits = model(**batch)
+        sums, counts = row_losses(logits, labels)
+        loss += sums.double().sum().item()
+        targets += counts.sum().item()
+        hits += row_hits(logits, labels).sum().item()
+    return {"eval_loss": loss / max(targets, 1.0), "eval_accuracy": hits / max(targets, 1.0)}

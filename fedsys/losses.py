@@ -1,0 +1,47 @@
+"""Losses and accuracies by row, for classification and for language modelling.
+
+A label of -100 has no weight. ``labels`` (rows,) are classes of logits (rows, C); ``labels``
+(rows, L) are tokens of logits (rows, L, V), of which position t predicts token t + 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy (rows,) and the number of targets (rows,) of each row."""
+    logits, labels = _aligned(logits, labels)
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    flat = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORE
+    )
+    counts = labels != IGNORE
+    rows = len(labels)
+    return flat.view(rows, -1).sum(1), counts.view(rows, -1).sum(1)
+
+
+def row_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how many targets of each row (rows,) the highest logit names."""
+    logits, labels = _aligned(logits, labels)
+    hits = (logits.argmax(-1) == labels) & (labels != IGNORE)
+    return hits.view(len(labels), -1).sum(1)
+
+
+def client_losses(logits: Tensor, labels: Tensor, clients: int) -> Tensor:
+    """Return each client's mean loss (K,) over the targets among its share of the rows.
+
+    A client without targets has loss 0 and no gradient.
+    """
+    sums, counts = row_losses(logits, labels)
+    total = counts.view(clients, -1).sum(1).clamp(min=1)
+    return sums.view(clients, -1).sum(1) / total
+
+
+def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if labels.dim() == 1:
+        return logits, labels
+    return logits[:, :-1], labels[:, 1:]

@@ -1,0 +1,114 @@
+"""Arithmetic on ``Params``: the named trainable tensors of a model.
+
+A name that is absent stands for zeros, so ``{}`` is the zero vector of every model.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def add(params: Params, direction: Params, scale: float = 1.0) -> Params:
+    """Return ``params + scale * direction`` in the dtypes of ``params``.
+
+    The sum is taken in float64 and rounded once; whole-number tensors round to the nearest.
+    """
+    return {
+        name: _cast(value.double() + scale * direction[name].double(), value.dtype)
+        if name in direction
+        else value
+        for name, value in params.items()
+    }
+
+
+def subtract(params: Params, other: Params) -> Params:
+    """Return ``params - other``, name by name."""
+    return {name: value - other[name] for name, value in params.items()}
+
+
+def weighted_sum(terms: Iterable[tuple[float, Params]]) -> Params:
+    """Return ``sum_n weight_n * params_n`` in float64, holding one term at a time.
+
+    The result is ``{}``, the zero vector, when there are no terms.
+    """
+    total: Params = {}
+    for weight, params in terms:
+        if not total:
+            total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in params.items()}
+        torch._foreach_add_(list(total.values()), [params[name] for name in total], alpha=weight)
+    return total
+
+
+def weighted_mean(terms: Iterable[tuple[float, Params]]) -> Params:
+    """Return ``sum_n weight_n * params_n / sum_n weight_n`` in one pass over ``terms``."""
+    weights: list[float] = []
+
+    def noted() -> Iterable[tuple[float, Params]]:
+        for weight, params in terms:
+            weights.append(weight)
+            yield weight, params
+
+    total = weighted_sum(noted())
+    torch._foreach_div_(list(total.values()), sum(weights) or 1.0)
+    return total
+
+
+def norm(params: Params) -> float:
+    """Return the Euclidean norm over all tensors together."""
+    return sum(value.double().square().sum().item() for value in params.values()) ** 0.5
+
+
+def digest(params: Params) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bits, in order of names."""
+    state = hashlib.sha256()
+    for name in sorted(params):
+        value = params[name].detach().cpu().contiguous()
+        state.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        state.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor lies in one flat vector of ``size`` numbers of one dtype."""
+
+    shapes: dict[str, torch.Size]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, params: Params) -> "Layout":
+        """Return the layout of ``params``; raise ``TypeError`` when dtypes are mixed."""
+        dtypes = {value.dtype for value in params.values()}
+        if len(dtypes) > 1:
+            raise TypeError(f"one flat vector holds one dtype, got {sorted(map(str, dtypes))}")
+        return cls({n: p.shape for n, p in params.items()}, next(iter(dtypes), torch.float32))
+
+    @cached_property
+    def size(self) -> int:
+        """How many numbers the vector holds."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def pack(self, params: Params) -> Tensor:
+        """Return ``params`` as one vector of shape (size,)."""
+        if not self.shapes:
+            return torch.zeros(0, dtype=self.dtype)
+        return torch.cat([params[name].reshape(-1) for name in self.shapes])
+
+    def unpack(self, flat: Tensor) -> Params:
+        """Return views of ``flat`` (..., size), each of shape (..., *shape)."""
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        parts = flat.split(sizes, dim=-1)
+        return {
+            name: part.view(*flat.shape[:-1], *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if dtype.is_floating_point else value.round().to(dtype)

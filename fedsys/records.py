@@ -1,0 +1,72 @@
+"""The numbers of a run: one record a round, and who wants to hear of it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+from flwr.app import ArrayRecord, MetricRecord
+
+from fedsys.errors import ClientFailure
+from fedsys.snapshot import Snapshot
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+@dataclass
+class RoundRecord:
+    """A line of ``metrics.jsonl``; ``None`` stands for what was not measured."""
+
+    round: int
+    clients: int = 0  # whose updates were used
+    failures: int = 0
+    train_loss: float | None = None  # mean over the cohort, by examples
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_init: int = 0  # initialisation and first contact
+    seconds: float = 0.0
+    epsilon: float | None = None
+    clients_accuracy: float | None = None  # on the clients' own data
+    clients_accuracy_worst_decile: float | None = None
+    reasons: list[str] = field(default_factory=list)  # of the failures
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the record as a JSON object."""
+        return asdict(self)
+
+
+class Recorder(Protocol):
+    """Is told what happens, in this order; a run without one keeps nothing."""
+
+    def restore(self, like: Snapshot) -> Snapshot | None:
+        """Return the state to continue from, of the same structure as ``like``."""
+        ...
+
+    def prepared(self, snapshot: Snapshot, bytes_init: int) -> None:
+        """Round 1 may start (or the run continues) from ``snapshot``."""
+        ...
+
+    def failed(self, failure: ClientFailure) -> None:
+        """A reply was excluded."""
+        ...
+
+    def finished(self, snapshot: Snapshot, record: RoundRecord) -> None:
+        """A round is over."""
+        ...
+
+
+class NoRecorder:
+    """Keeps nothing."""
+
+    def restore(self, like: Snapshot) -> Snapshot | None:
+        return None
+
+    def prepared(self, snapshot: Snapshot, bytes_init: int) -> None:
+        pass
+
+    def failed(self, failure: ClientFailure) -> None:
+        pass
+
+    def finished(self, snapshot: Snapshot, record: RoundRecord) -> None:
+        pass

@@ -1,0 +1,177 @@
+"""One round of messages: who was asked, what came back, what it weighed."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Result
+
+from fedsys import messages
+from fedsys.errors import ClientFailure
+from fedsys.params import Layout, Params
+from fedsys.records import RoundRecord
+from fedsys.update import Update
+
+Shapes = Mapping[str, tuple[int, ...]]
+Ask = Callable[[str, Shapes], Iterator[tuple[int, Params]]]
+Excluded = Callable[[ClientFailure], None]
+
+
+class Round:
+    """The messages of one round and the checks on their replies."""
+
+    def __init__(
+        self,
+        index: int,
+        nodes: Mapping[int, int],  # client -> node
+        sent: ArrayRecord,
+        layout: Layout | None = None,
+        basis: str = "",
+    ) -> None:
+        self.index = index
+        self.nodes = nodes
+        self.sent = sent
+        self.layout = layout
+        self.basis = basis
+        self.answered: list[int] = []
+        self.failures: list[ClientFailure] = []
+        self.bytes_up = self.bytes_down = self.bytes_init = 0
+        self._totals: dict[str, float] = {}  # metric -> sum of examples * value
+        self._examples: dict[str, int] = {}
+        self._heard: set[int] = set()
+
+    def address(self, kind: str, contents: Iterable[tuple[int, RecordDict]]) -> list[Message]:
+        """Return one message of ``kind`` to each (client, content), counting bytes."""
+        sizes: dict[int, tuple[int, int]] = {}
+        outgoing = []
+        for client, content in contents:
+            if id(content) not in sizes:
+                frozen = {k: v for k, v in content.items() if k == messages.FROZEN}
+                init = messages.wire_bytes(RecordDict(frozen))
+                sizes[id(content)] = messages.wire_bytes(content) - init, init
+            down, init = sizes[id(content)]
+            self.bytes_down += down
+            self.bytes_init += init
+            outgoing.append(Message(content, self.nodes[client], kind, group_id=str(self.index)))
+        return outgoing
+
+    def updates(self, replies: Iterable[Message], excluded: Excluded) -> Iterator[Update]:
+        """Yield the usable updates in order of clients; tell ``excluded`` of the others."""
+        for client, reply in self._arrivals(replies, excluded):
+            try:
+                update = messages.read_update(reply, client, self.sent, self.layout, self.basis)
+            except ClientFailure as failure:
+                self._exclude(failure, excluded)
+                continue
+            self.answered.append(client)
+            self._note(update.metrics, update.num_examples)
+            yield update
+
+    def arrays(
+        self, replies: Iterable[Message], shapes: Shapes, excluded: Excluded
+    ) -> Iterator[tuple[int, Params]]:
+        """Yield (client, finite arrays of ``shapes``) of the usable replies in order of clients."""
+        for client, reply in self._arrivals(replies, excluded):
+            try:
+                yield client, messages.read_arrays(reply, client, shapes)
+            except ClientFailure as failure:
+                self._exclude(failure, excluded)
+
+    def metrics(
+        self, replies: Iterable[Message], excluded: Excluded
+    ) -> Iterator[tuple[int, dict[str, float]]]:
+        """Yield (num_examples, metrics) of the usable evaluation replies in order of clients."""
+        for client, reply in self._arrivals(replies, excluded):
+            try:
+                metrics = messages.read_reply_metrics(reply, client)
+            except ClientFailure as failure:
+                self._exclude(failure, excluded)
+                continue
+            self.answered.append(client)
+            yield int(metrics.pop(messages.NUM_EXAMPLES)), metrics
+
+    def close(self, excluded: Excluded) -> None:
+        """Count every client that never answered as a failure."""
+        for client in sorted(self.nodes.keys() - self._heard):
+            self._exclude(ClientFailure(client, "no reply before the deadline"), excluded)
+
+    def train_metrics(self) -> MetricRecord:
+        """Return the metrics of the usable updates, averaged by examples."""
+        means = {name: total / self._examples[name] for name, total in self._totals.items()}
+        return MetricRecord({**means, messages.NUM_EXAMPLES: max(self._examples.values(), default=0)})
+
+    def record(self, result: Result, seconds: float) -> RoundRecord:
+        """Return the round as a line of ``metrics.jsonl``."""
+        train = result.train_metrics_clientapp.get(self.index, {})
+        central = result.evaluate_metrics_serverapp.get(self.index, {})
+        local = result.evaluate_metrics_clientapp.get(self.index, {})
+
+        def number(metrics: Mapping[str, object], name: str) -> float | None:
+            value = metrics.get(name)
+            return float(value) if isinstance(value, int | float) else None
+
+        return RoundRecord(
+            round=self.index,
+            clients=len(self.answered),
+            failures=len(self.failures),
+            train_loss=number(train, "train_loss"),
+            eval_loss=number(central, "eval_loss"),
+            eval_accuracy=number(central, "eval_accuracy"),
+            bytes_up=self.bytes_up,
+            bytes_down=self.bytes_down,
+            bytes_init=self.bytes_init,
+            seconds=seconds,
+            clients_accuracy=number(local, "eval_accuracy"),
+            clients_accuracy_worst_decile=number(local, "eval_accuracy_worst_decile"),
+            reasons=[str(failure) for failure in self.failures],
+        )
+
+    def _arrivals(
+        self, replies: Iterable[Message], excluded: Excluded
+    ) -> Iterator[tuple[int, Message]]:
+        clients = {node: client for client, node in self.nodes.items()}
+        if isinstance(replies, list):  # of any order; a stream comes in order of clients
+            unknown = len(clients)
+            replies = sorted(replies, key=lambda r: clients.get(r.metadata.src_node_id, unknown))
+        for reply in replies:
+            client = clients.get(reply.metadata.src_node_id)
+            if client is None or client in self._heard:
+                reason = "answered twice" if client is not None else _stranger(reply)
+                self._exclude(ClientFailure(-1 if client is None else client, reason), excluded)
+            elif reply.metadata.group_id != str(self.index):
+                reason = f"answered round {reply.metadata.group_id!r} in round {self.index}"
+                self._exclude(ClientFailure(client, reason), excluded)
+            else:
+                self._heard.add(client)
+                if reply.has_content():
+                    self.bytes_up += messages.wire_bytes(reply.content)
+                yield client, reply
+
+    def _exclude(self, failure: ClientFailure, excluded: Excluded) -> None:
+        self.failures.append(failure)
+        excluded(failure)
+
+    def _note(self, metrics: dict[str, float], num_examples: int) -> None:
+        for name, value in metrics.items():
+            self._totals[name] = self._totals.get(name, 0.0) + num_examples * value
+            self._examples[name] = self._examples.get(name, 0) + num_examples
+
+
+def summarise(metrics: list[tuple[int, dict[str, float]]]) -> MetricRecord | None:
+    """Return the means by examples and ``eval_accuracy_worst_decile``, the mean of the worst tenth."""
+    examples = sum(count for count, _ in metrics)
+    if not examples:
+        return None
+    names = set.intersection(*(set(values) for _, values in metrics))
+    record = MetricRecord(
+        {n: sum(count * values[n] for count, values in metrics) / examples for n in sorted(names)}
+    )
+    if "eval_accuracy" in names:
+        worst = sorted(values["eval_accuracy"] for _, values in metrics)
+        worst = worst[: max(1, len(worst) // 10)]
+        record["eval_accuracy_worst_decile"] = sum(worst) / len(worst)
+    return record
+
+
+def _stranger(reply: Message) -> str:
+    reason = f": {reply.error.reason}" if reply.has_error() else ""
+    return f"node {reply.metadata.src_node_id} was not asked in this round{reason}"

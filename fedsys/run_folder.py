@@ -1,0 +1,232 @@
+"""The files of a run, written as it goes.
+
+    config.yaml overrides.yaml env.json     what was asked, and where it ran
+    partition.json partition.png            who holds what
+    metrics.jsonl                           a line a round; round 0 is the model before training
+    checkpoints/                            see fedsys.checkpoint
+    summary.json adapter/                   at the end
+"""
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import OmegaConf
+
+from fedsys.checkpoint import Checkpoints, ClientStates
+from fedsys.errors import ClientFailure, RunError
+from fedsys.records import RoundRecord
+from fedsys.snapshot import Snapshot
+
+PACKAGES = ("fedsys", "torch", "flwr", "numpy", "opacus", "hydra-core", "transformers", "peft")
+Metrics = dict[str, Any]
+
+
+class Listener(Protocol):
+    """Who is shown the run while it goes on."""
+
+    def round(self, record: Metrics, rounds: int) -> None:
+        """A round is over; ``record`` is its line of ``metrics.jsonl``."""
+        ...
+
+    def failure(self, client: int, reason: str) -> None:
+        """A client's reply was left out."""
+        ...
+
+
+class RunFolder:
+    """The recorder of a run: metrics, checkpoints, and whoever listens."""
+
+    def __init__(
+        self, folder: Path, rounds: int, every: int, keep: int, clients: ClientStates
+    ) -> None:
+        self.folder = folder
+        self.rounds = rounds
+        self.every = every
+        self.clients = clients  # memories, shared with the engine
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep)
+        self.listener: Listener | None = None
+        self.on_factors: Any = None  # called with the frozen factors before round 1
+        self.bytes_init = 0
+        self.last: Snapshot | None = None
+
+    # ---- before the run
+
+    def create(self, resolved: Metrics, overrides: list[str]) -> None:
+        """Make the folder and write what was asked for."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        (self.folder / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        (self.folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; raise ``RunError`` when another process runs in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"another process is running in {self.folder}") from None
+            yield
+
+    # ---- fedsys.records.Recorder
+
+    def restore(self, like: Snapshot) -> Snapshot | None:
+        found = self.checkpoints.load(like)
+        if found is None:
+            self._keep_lines(-1)
+            return None
+        snapshot, clients = found
+        self.clients.clear()
+        self.clients.update(clients)
+        self._keep_lines(snapshot.round)
+        return snapshot
+
+    def prepared(self, snapshot: Snapshot, bytes_init: int) -> None:
+        self.bytes_init = bytes_init
+        self.last = snapshot
+        if snapshot.frozen and self.on_factors is not None:
+            self.on_factors(snapshot.frozen)
+        if snapshot.round == 0:
+            self.checkpoints.save_frozen(snapshot.frozen)
+
+    def failed(self, failure: ClientFailure) -> None:
+        if self.listener is not None:
+            self.listener.failure(failure.client, failure.reason)
+
+    def finished(self, snapshot: Snapshot, record: RoundRecord) -> None:
+        # The line goes first: one without a checkpoint is dropped at resume, never the reverse.
+        self.write(record)
+        self.last = snapshot
+        due = self.every and (snapshot.round % self.every == 0 or snapshot.round == self.rounds)
+        if due:
+            try:
+                self.checkpoints.save(snapshot, self.clients)
+            except OSError as error:
+                raise RunError(
+                    f"the checkpoint of round {snapshot.round} cannot be written: {error}; "
+                    f"free some space, then `fedsys resume {self.folder}`"
+                ) from error
+
+    # ---- metrics
+
+    def write(self, record: RoundRecord) -> None:
+        """Append a line to ``metrics.jsonl``; raises ``RunError`` when it cannot be written."""
+        if record.round == 0:
+            record = replace(record, bytes_init=self.bytes_init)
+        line = record.as_dict()
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise RunError(f"{self._metrics} cannot be written: {error}") from error
+        if self.listener is not None:
+            self.listener.round(line, self.rounds)
+
+    def lines(self) -> list[Metrics]:
+        """Return the lines of ``metrics.jsonl``; a torn last line is left out."""
+        if not self._metrics.exists():
+            return []
+        lines = []
+        for text in self._metrics.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def summarise(self, status: str, **facts: Any) -> Metrics:
+        """Write ``summary.json`` from the metrics and ``facts``, and return it."""
+        lines = self.lines()
+        rounds = [line for line in lines if line["round"] > 0]
+        seconds = sum(line["seconds"] for line in rounds)
+        updates = sum(line["clients"] for line in rounds)
+        summary = {
+            "status": status,
+            "final": _last(lines),
+            "best": _best(lines),
+            "rounds": len(rounds),
+            "failures": sum(line["failures"] for line in rounds),
+            "bytes_up": sum(line["bytes_up"] for line in rounds),
+            "bytes_down": sum(line["bytes_down"] for line in rounds),
+            "bytes_init": sum(line["bytes_init"] for line in lines),
+            "seconds": seconds,
+            "seconds_per_round": seconds / len(rounds) if rounds else None,
+            "client_updates_per_second": updates / seconds if seconds else None,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "epsilon": rounds[-1]["epsilon"] if rounds else None,
+            "delta": None,
+            **facts,
+        }
+        partial = self.folder / "summary.json.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        partial.replace(self.folder / "summary.json")
+        return summary
+
+    @property
+    def _metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def _keep_lines(self, last_round: int) -> None:
+        kept = [line for line in self.lines() if line["round"] <= last_round]
+        if self._metrics.exists():
+            self._metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def environment() -> Metrics:
+    """Return the versions and the machine a run depends on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "git": _git_commit(),
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    home = Path(__file__).resolve().parents[1]
+    if not (home / ".git").exists():
+        return None
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def _last(lines: list[Metrics]) -> Metrics:
+    names = ("train_loss", "eval_loss", "eval_accuracy")
+    final: Metrics = {}
+    for name in names:
+        values = [line[name] for line in lines if line[name] is not None]
+        final[name] = values[-1] if values else None
+    return final
+
+
+def _best(lines: list[Metrics]) -> Metrics:
+    measured = [line for line in lines if line["eval_accuracy"] is not None]
+    if not measured:
+        return {"round": None, "eval_accuracy": None}
+    best = max(measured, key=lambda line: line["eval_accuracy"])
+    return {"round": best["round"], "eval_accuracy": best["eval_accuracy"]}
+
+
