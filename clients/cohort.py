@@ -7,7 +7,7 @@ element-wise, is K optimizers. Clients are ordered by their number of local step
 training are the first rows, and a client that has finished is out of reach of momentum and Adam.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +46,12 @@ def train_cohort(
     steps = torch.tensor([len(batches[k]) for k in order])
     trained = start.expand(len(order), -1).clone()
     losses = torch.zeros(len(order))
-    optimizer: Optimizer | None = None
-    active = 0
+    active = len(order)
+    flat, leaves, optimizer = _begin(task, trained, lr, None)
     for step in range(plan.shape[1]):
-        if (still := int((steps > step).sum())) != active:
+        if (still := int((steps > step).sum())) < active:
             active = still
-            flat = nn.Parameter(trained[:active])  # shares the memory of its rows
-            optimizer = _resume(optimizer, flat, task, lr)
-            leaves = {n: nn.Parameter(v) for n, v in task.model.layout.unpack(flat.data).items()}
-            task.model.bind(leaves)
+            flat, leaves, optimizer = _begin(task, trained[:active], lr, optimizer)
         batch = gather(task.examples, plan[:active, step], task.device)
         losses[:active] += _step(task, optimizer, flat, leaves, batch, start, steps[:active], step)
     back = torch.empty(len(order), dtype=torch.long)
@@ -76,10 +73,11 @@ def _step(
     labels = batch.pop("labels")
     losses = client_losses(task.model(**batch), labels, len(flat))
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
-    flat.grad = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
-    extra = task.local_gradient(leaves, task.model.layout.unpack(start))
+    flat.grad = _join(gradients)
+    with torch.no_grad():
+        extra = task.local_gradient(leaves, task.model.layout.unpack(start))
     if extra:
-        flat.grad += torch.cat([extra[name].detach().flatten(1) for name in leaves], 1)
+        flat.grad += _join([extra[name] for name in leaves])
     if task.training.varies_in_round:
         before = flat.detach().clone()
         optimizer.step()
@@ -91,22 +89,36 @@ def _step(
     return losses.detach().float().cpu()
 
 
-def _resume(optimizer: Optimizer | None, flat: nn.Parameter, task: Task, lr: float) -> Optimizer:
-    """Return an optimizer over ``flat`` that goes on with the first rows of the old one's state."""
-    fresh = task.training.make_optimizer(flat, lr)
-    if optimizer is not None:
-        (state,) = optimizer.state.values() or ({},)
-        fresh.state[flat] = {
+def _begin(
+    task: Task, rows: Tensor, lr: float, previous: Optimizer | None
+) -> tuple[nn.Parameter, Params, Optimizer]:
+    """Return parameters that share the memory of ``rows`` (K, size), whole and by name.
+
+    The optimizer over them goes on with the first K rows of the state of ``previous``.
+    """
+    flat = nn.Parameter(rows)
+    parts = task.model.layout.unpack(flat.data)
+    leaves: Params = {name: nn.Parameter(part) for name, part in parts.items()}
+    task.model.bind(leaves)
+    optimizer = task.training.make_optimizer(flat, lr)
+    for state in previous.state.values() if previous is not None else ():
+        optimizer.state[flat] = {
             name: value[: len(flat)] if isinstance(value, Tensor) and value.dim() == 2 else value
             for name, value in state.items()
         }
-    return fresh
+    return flat, leaves, optimizer
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Return ``parts``, each (K, *shape), as one matrix (K, size)."""
+    return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
 
 def gather(examples: Examples, rows: Tensor, device: torch.device) -> Batch:
     """Return the batch of ``rows`` (K, B) as K*B rows; -1 gives a row whose labels are ignored."""
     rows = rows[:, (rows >= 0).any(0)]
-    flat = rows.flatten()
-    batch = examples.batch(flat.clamp(min=0))
-    batch["labels"][flat < 0] = IGNORE
+    # A client's own row fills it up: no longer than the others, and its own to suffer from.
+    own = rows.amax(1, keepdim=True).clamp(min=0)
+    batch = examples.batch(torch.where(rows < 0, own, rows).flatten())
+    batch["labels"][rows.flatten() < 0] = IGNORE
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from fedsys.seeds import generator
 
 Schedule = Literal["constant", "linear", "cosine"]
+Kind = Literal["sgd", "adam", "adamw"]
+_CHOICES = {"optimizer": Kind, "schedule": Schedule, "round_schedule": Schedule}
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class LocalTraining:
     """Hyperparameters of local training; the optimizer starts afresh in every round."""
 
     lr: float
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Kind = "sgd"
     momentum: float = 0.0  # sgd
     nesterov: bool = False  # sgd
     weight_decay: float = 0.0
@@ -28,6 +30,7 @@ class LocalTraining:
     batch_size: int = 32
     epochs: int = 1
     steps: int | None = None  # local steps; overrides epochs
+    group_by_length: bool = False  # text: batches of similar length, to save padding
     schedule: Schedule = "constant"  # of lr over a client's local steps
     warmup: float = 0.0  # fraction of the local steps with rising lr
     round_schedule: Schedule = "constant"  # of lr over the rounds
@@ -48,14 +51,21 @@ class LocalTraining:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
-        if self.optimizer not in ("sgd", "adam", "adamw"):
-            raise ValueError(f"optimizer is sgd, adam or adamw, got {self.optimizer!r}")
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                allowed = ", ".join(get_args(kind))
+                raise ValueError(f"{name} is one of {allowed}, got {getattr(self, name)!r}")
 
     def make_optimizer(self, param: nn.Parameter, lr: float) -> Optimizer:
         """Return a fresh optimizer, which acts on every number by itself and so on every client."""
         if self.optimizer == "sgd":
-            momentum = {"momentum": self.momentum, "nesterov": self.nesterov}
-            return SGD([param], lr=lr, weight_decay=self.weight_decay, **momentum)
+            return SGD(
+                [param],
+                lr=lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                nesterov=self.nesterov,
+            )
         kind = Adam if self.optimizer == "adam" else AdamW
         betas = (self.beta1, self.beta2)
         return kind([param], lr=lr, betas=betas, eps=self.eps, weight_decay=self.weight_decay)
@@ -69,7 +79,8 @@ class LocalTraining:
         """Return lr's factor (K,) at local step ``step`` of clients that take ``steps`` (K,)."""
         if self.schedule == "constant" and not self.warmup:
             return torch.ones(len(steps))
-        return torch.tensor([self._factor(step, total) for total in steps.tolist()])
+        factors = [self._factor(step, total) for total in steps.tolist()]
+        return torch.tensor(factors, dtype=torch.float64)
 
     def _factor(self, step: int, total: int) -> float:
         rising = int(self.warmup * total)
@@ -87,20 +98,29 @@ class LocalTraining:
         each = math.ceil(num_examples / self.batch_size)
         return self.steps if self.steps is not None else self.epochs * each
 
-    def batches(self, rows: Tensor, seed: int, round: int, client: int) -> Tensor:
+    def batches(
+        self, rows: Tensor, seed: int, round: int, client: int, lengths: Tensor | None = None
+    ) -> Tensor:
         """Return the rows of every local step, (steps, batch_size), -1 where a batch is short.
 
         Each epoch is a fresh permutation drawn from (seed, round, client); ``steps`` beyond an
-        epoch go on with the next one.
+        epoch go on with the next one. With ``group_by_length`` and ``lengths`` (n,) of the rows,
+        an epoch's rows are put into batches by length, and the batches into an order that all
+        clients of the round share, so that little of a pass is padding.
         """
         draw = generator(seed, "batches", round, client)
-        count, size = len(rows), self.batch_size
-        each, total = math.ceil(count / size), self.num_steps(count)
+        count, size, total = len(rows), self.batch_size, self.num_steps(len(rows))
+        each = math.ceil(count / size)
         epochs = []
-        for _ in range(math.ceil(total / each)):
-            epoch = rows[torch.randperm(count, generator=draw)]
-            epochs.append(nn.functional.pad(epoch, (0, each * size - count), value=-1))
-        return torch.cat(epochs).view(-1, size)[:total]
+        for epoch in range(math.ceil(total / each)):
+            order = torch.randperm(count, generator=draw)[: (total - epoch * each) * size]
+            if self.group_by_length and lengths is not None:
+                order = order[lengths[order].argsort(stable=True)]
+            epochs.append(nn.functional.pad(rows[order], (0, -len(order) % size), value=-1))
+        plan = torch.cat(epochs).view(-1, size)
+        if self.group_by_length:
+            plan = plan[torch.randperm(total, generator=generator(seed, "batch order", round))]
+        return plan
 
 
 def _curve(schedule: Schedule, progress: float) -> float:

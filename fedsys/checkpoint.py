@@ -1,9 +1,11 @@
 """Checkpoints of a run: safetensors and JSON, written atomically, checked when read.
 
-A checkpoint is a folder ``round_000010`` that appears by one rename. Its JSON holds the hash of its
-tensors, so that a torn or altered file is noticed and the checkpoint before it is used.
+A checkpoint is a folder ``round_000010`` that appears by one rename. Its JSON holds a hash of all
+it says and of its tensors, and the digest of the frozen factors, which are written once beside the
+checkpoints. A torn or altered file is noticed and the checkpoint before it is used.
 """
 
+import base64
 import hashlib
 import json
 import logging
@@ -15,31 +17,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fedsys.arrays import TensorArray
 from fedsys.errors import RunError
-from fedsys.messages import TensorArray, tensor_of
-from fedsys.params import Params
+from fedsys.params import Params, digest
 from fedsys.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
 ClientStates = dict[int, RecordDict]
 _TENSORS, _META, _FROZEN = "tensors.safetensors", "checkpoint.json", "frozen.safetensors"
+_RECORDS = {"metrics": MetricRecord, "config": ConfigRecord}
 
 
 class Checkpoints:
     """The last ``keep`` checkpoints below ``folder``."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
+        """Touch nothing yet."""
         self.folder = folder
         self.keep = keep
+        self._basis: str | None = None  # digest of the factors on disk, once known
 
     def save_frozen(self, frozen: Params) -> None:
         """Write the factors, once a run; without any there is no file."""
+        self._basis = digest(frozen) if frozen else ""
         if frozen:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = self.folder / (_FROZEN + ".partial")
@@ -47,20 +54,32 @@ class Checkpoints:
             partial.replace(self.folder / _FROZEN)
 
     def save(self, snapshot: Snapshot, clients: ClientStates) -> None:
-        """Write ``snapshot`` and the clients' memories; raises ``OSError`` when it cannot."""
+        """Write ``snapshot`` and the clients' memories.
+
+        Raises ``OSError`` when it cannot; the checkpoints before it are then as they were.
+        """
+        if self._basis is None:
+            self.save_frozen(snapshot.frozen)
         tensors: Params = {f"params/{name}": value for name, value in snapshot.params.items()}
         tensors |= _leaves("state", snapshot.state)
         tensors |= _leaves("participation", snapshot.participation)
         tensors["informed"] = torch.tensor(sorted(snapshot.informed), dtype=torch.int64)
-        values: dict[str, Any] = {}
-        for client, state in clients.items():
-            _split_records(f"client/{client}", state, tensors, values)
+        meta = {
+            "round": snapshot.round,
+            "params": list(snapshot.params),
+            "frozen": self._basis,
+            "clients": {str(c): _pack_records(state, tensors) for c, state in clients.items()},
+        }
         partial = self.folder / f".partial_{snapshot.round:06d}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_tensors(partial / _TENSORS, tensors)
-        meta = {"round": snapshot.round, "sha256": _hash(partial / _TENSORS), "values": values}
-        _write_bytes(partial / _META, json.dumps(meta).encode())
+        try:
+            partial.mkdir(parents=True)
+            _write_tensors(partial / _TENSORS, tensors)
+            meta["sha256"] = _seal(meta, partial / _TENSORS)
+            _write_bytes(partial / _META, json.dumps(meta).encode())
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
+            raise
         final = self.folder / f"round_{snapshot.round:06d}"
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -77,7 +96,7 @@ class Checkpoints:
         for folder in reversed(found):
             try:
                 return self._read(folder, like)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("checkpoint %s is damaged (%s); trying the one before", folder, error)
         if found:
             raise RunError(f"no checkpoint below {self.folder} can be read; start the run again")
@@ -86,24 +105,33 @@ class Checkpoints:
     def _rounds(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        return sorted(p for p in self.folder.iterdir() if re.fullmatch(r"round_\d{6,}", p.name))
+        found = [p for p in self.folder.iterdir() if re.fullmatch(r"round_\d{6,}", p.name)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("round_")))
 
     def _read(self, folder: Path, like: Snapshot) -> tuple[Snapshot, ClientStates]:
         meta = json.loads((folder / _META).read_bytes())
-        if _hash(folder / _TENSORS) != meta["sha256"]:
-            raise ValueError("its tensors do not match their hash")
+        if meta.pop("sha256") != _seal(meta, folder / _TENSORS):
+            raise ValueError("it does not match its hash")
         tensors = _read_tensors(folder / _TENSORS)
-        frozen = self.folder / _FROZEN
+        params = {name: tensors[f"params/{name}"] for name in meta["params"]}
+        for name, value in like.params.items():
+            if params[name].shape != value.shape or params[name].dtype != value.dtype:
+                raise ValueError(f"{name} is not that of this model")
+        frozen = _read_tensors(self.folder / _FROZEN) if meta["frozen"] else {}
+        if meta["frozen"] and digest(frozen) != meta["frozen"]:
+            raise ValueError(f"{_FROZEN} is not the file it was made with")
+        self._basis = meta["frozen"]
         snapshot = replace(
             like,
             round=meta["round"],
-            params={name: tensors[f"params/{name}"] for name in like.params},
+            params=params,
             state=_tree("state", like.state, tensors),
             participation=_tree("participation", like.participation, tensors),
-            frozen=_read_tensors(frozen) if frozen.exists() else {},
+            frozen=frozen,
             informed=set(tensors["informed"].tolist()),
         )
-        return snapshot, _join_records(tensors, meta["values"])
+        clients = {int(c): _unpack_records(r, tensors) for c, r in meta["clients"].items()}
+        return snapshot, clients
 
 
 def _leaves(prefix: str, tree: Any) -> Params:
@@ -115,41 +143,76 @@ def _leaves(prefix: str, tree: Any) -> Params:
 
 def _tree(prefix: str, like: Any, tensors: Params) -> Any:
     leaves, spec = pytree.tree_flatten(like)
+    if sum(name.startswith(f"{prefix}/") for name in tensors) != len(leaves):
+        raise ValueError(f"its {prefix} has another structure")
     return pytree.tree_unflatten([tensors[f"{prefix}/{i}"] for i in range(len(leaves))], spec)
 
 
-def _split_records(
-    prefix: str, content: RecordDict, tensors: Params, values: dict[str, Any]
-) -> None:
+def _pack_records(content: RecordDict, tensors: Params) -> dict[str, Any]:
+    """Return the records as JSON; what an array holds goes to ``tensors`` under a new name."""
+    packed: dict[str, Any] = {}
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
-            values[f"{prefix}/{name}"] = ["arrays", list(record)]
-            for key, array in record.items():
-                tensors[f"{prefix}/{name}/{key}"] = tensor_of(array)
+            packed[name] = ["arrays", {k: _pack_array(a, tensors) for k, a in record.items()}]
         else:
             kind = "metrics" if isinstance(record, MetricRecord) else "config"
-            values[f"{prefix}/{name}"] = [kind, dict(record)]
+            packed[name] = [kind, {key: _pack_value(value) for key, value in record.items()}]
+    return packed
 
 
-def _join_records(tensors: Params, values: dict[str, Any]) -> ClientStates:
-    states: ClientStates = {}
-    for path, (kind, value) in values.items():
-        _, client, name = path.split("/", 2)
-        state = states.setdefault(int(client), RecordDict())
+def _unpack_records(packed: dict[str, Any], tensors: Params) -> RecordDict:
+    content = RecordDict()
+    for name, (kind, values) in packed.items():
         if kind == "arrays":
-            record = ArrayRecord()
-            for key in value:
-                record[key] = TensorArray(tensors[f"{path}/{key}"])
-            state[name] = record
+            content[name] = record = ArrayRecord()
+            for key, value in values.items():
+                record[key] = _unpack_array(value, tensors)
         else:
-            state[name] = MetricRecord(value) if kind == "metrics" else ConfigRecord(value)
-    return states
+            values = {key: _unpack_value(value) for key, value in values.items()}
+            content[name] = _RECORDS[kind](values)
+    return content
+
+
+def _pack_array(array: Array, tensors: Params) -> list[Any]:
+    """Keep a tensor as a tensor, and an array of anybody else's byte for byte."""
+    place = f"array/{len(tensors)}"
+    if isinstance(array, TensorArray):
+        tensors[place] = array.tensor
+        return [place]
+    tensors[place] = torch.frombuffer(bytearray(array.data) or bytearray(1), dtype=torch.uint8)
+    return [place, len(array.data), array.dtype, list(array.shape), array.stype]
+
+
+def _unpack_array(packed: list[Any], tensors: Params) -> Array:
+    place, *rest = packed
+    if not rest:
+        return TensorArray(tensors[place])
+    size, dtype, shape, stype = rest
+    return Array(dtype, tuple(shape), stype, tensors[place].numpy().tobytes()[:size])
+
+
+def _pack_value(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    return [_pack_value(item) for item in value] if isinstance(value, list) else value
+
+
+def _unpack_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return base64.b64decode(value["bytes"])
+    return [_unpack_value(item) for item in value] if isinstance(value, list) else value
 
 
 def _write_tensors(path: Path, tensors: Params) -> None:
     # safetensors refuses tensors that share memory, as views of one packed vector do.
-    save_file({name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, t in tensors.items()}, path)
+    own = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+    try:
+        save_file(own, path)
+    except SafetensorError as error:
+        raise OSError(f"{path.name} cannot be written: {error}") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -157,8 +220,7 @@ def _write_tensors(path: Path, tensors: Params) -> None:
 def _read_tensors(path: Path) -> Params:
     try:
         return dict(load_file(path))
-    except Exception as error:
-        # safetensors raises its own type, which is no subclass of ValueError.
+    except SafetensorError as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from error
 
 
@@ -169,6 +231,9 @@ def _write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _seal(meta: dict[str, Any], tensors: Path) -> str:
+    """Return the hash of what a checkpoint says and of its tensors."""
+    with tensors.open("rb") as file:
+        state = hashlib.file_digest(file, "sha256")
+    state.update(json.dumps(meta, sort_keys=True).encode())
+    return state.hexdigest()

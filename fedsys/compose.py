@@ -48,9 +48,10 @@ def chosen_by_default() -> dict[str, str | None]:
     entries = [entry for entry in _yaml(FOLDER / "config.yaml")["defaults"] if entry != "_self_"]
     chosen = {group: option for entry in entries for group, option in entry.items()}
     for choice, consequence in implied():
-        group, name = choice.split("=")
+        group, _, name = choice.partition("=")
         if chosen[group] == name:
-            chosen.update([consequence.split("=")])
+            other, _, implied_option = consequence.partition("=")
+            chosen[other] = implied_option
     return chosen
 
 
@@ -94,24 +95,27 @@ def examine(overrides: Sequence[str]) -> Composition:
     problems: dict[int, str] = {}
     parsed = _parse_all(overrides, options, problems)
     chosen, lost = _choose_all(parsed, options, problems)
-    base, choices = _compose(list(chosen.values()))
+    config, choices = _compose(list(chosen.values()))
     values = {
         place: override
         for place, override in parsed.items()
         if override.key_or_group not in options and _group(override) not in lost
     }
-    retargeted = {
-        _group(o) for o in values.values() if o.key_or_group == f"{_group(o)}.{TARGET}"
-    } & set(options)
-    known = KnownKeys(OmegaConf.to_container(base), choices, options, FOLDER)
-    accepted = _accept(values, retargeted, known, problems)
-    try:
-        config, _ = _compose([*chosen.values(), *accepted])
-    except (HydraException, OmegaConfBaseException) as reason:
-        problems[len(overrides)] = _first_line(reason)
-        config = base
+    given = {override.key_or_group for override in values.values()}
+    retargeted = {group for group in options if f"{group}.{TARGET}" in given}
+    known = KnownKeys(OmegaConf.to_container(config), choices, options, FOLDER)
+    for place, override in values.items():
+        key, free = override.key_or_group, _group(override) in retargeted
+        problem = None if free else known.problem(key, override.value())
+        try:
+            if problem is None:
+                OmegaConf.update(config, key, override.value(), force_add=True)
+        except OmegaConfBaseException as reason:
+            problem = _first_line(reason)
+        if problem:
+            problems[place] = f"{key}={_value(override)}: {problem}"
     for group in retargeted:
-        _keep(config, group, {override.key_or_group for override in values.values()})
+        _keep(config, group, given)
     touched = {_group(override) for override in parsed.values()}
     return Composition(config, [problems[place] for place in sorted(problems)], touched)
 
@@ -164,10 +168,12 @@ def _choose_all(
             option, problem = _choose(override, options[group])
             if problem:
                 problems[place] = problem
-            if option:
-                chosen[group] = f"{group}={option}"
-            else:
+            if option is None:
                 lost.add(group)
+            elif option == "null":  # only experiment may be, and is by default
+                chosen.pop(group, None)
+            else:
+                chosen[group] = f"{group}={option}"
     return chosen, lost
 
 
@@ -184,27 +190,6 @@ def _choose(override: Override, options: list[str]) -> tuple[str | None, str | N
     if not near:
         return None, problem
     return near[0], f"{problem}; did you mean {group}={near[0]}?"
-
-
-def _accept(
-    values: Mapping[int, Override],
-    retargeted: set[str],
-    known: KnownKeys,
-    problems: dict[int, str],
-) -> list[str]:
-    """Return the overrides of keys that exist, or that may be fields of a class of the user's."""
-    accepted = []
-    for place, override in values.items():
-        key = override.key_or_group
-        if _group(override) in retargeted and key.count(".") == 1:
-            accepted.append(f"++{key}={_value(override)}")
-            continue
-        problem = known.problem(key, override.value())
-        if problem:
-            problems[place] = f"{key}={_value(override)}: {problem}"
-        else:
-            accepted.append(f"{key}={_value(override)}")
-    return accepted
 
 
 def _compose(overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:

@@ -1,7 +1,7 @@
 """From a composed configuration to the objects that do the work, or to every reason why not.
 
 The dataclass a group names in ``_target_`` is its own schema: its annotations are the types of its
-keys, and its ``__post_init__`` checks their ranges. No function after ``build`` sees a configuration.
+keys, and its ``__post_init__`` checks their ranges. After ``build`` nobody sees a configuration.
 """
 
 import time

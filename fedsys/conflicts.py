@@ -17,6 +17,7 @@ _NEEDS_ADAPTER = {
     "FedIT": ("lora", "LoRA", "it averages the factors B and A of LoRA"),
     "FFALoRA": ("ffa", "FFA", "it averages B beside an A that is frozen and shared"),
 }
+_ADAPTERS = ("Full", "LoRA", "FFA", "LoRASB", "LoRAXS")
 _ARRAY_MODELS = ("MLP", "CNN", "ViT")
 _TEXT_MODELS = ("HFClassifier", "HFCausal")
 
@@ -30,6 +31,12 @@ def _is(part: Any, *names: str) -> bool:
     return any(base.__name__ in names for base in type(part).__mro__)
 
 
+def _adapter(adapter: Any) -> str | None:
+    """Return the nearest adapter of ours that this one is; FFA, for one, is a kind of LoRA."""
+    names = [base.__name__ for base in type(adapter).__mro__]
+    return next((name for name in names if name in _ADAPTERS), None)
+
+
 def _said(experiment: "Experiment", group: str) -> str:
     target = experiment.resolved[group][TARGET]
     return f"{group}={option(group, target) or target}"
@@ -39,7 +46,7 @@ def _adapters(experiment: "Experiment") -> list[str]:
     reasons = []
     adapter = experiment.adapter
     for strategy, (wanted, needed, why) in _NEEDS_ADAPTER.items():
-        if _is(experiment.strategy, strategy) and adapter is not None and not _is(adapter, needed):
+        if _is(experiment.strategy, strategy) and _adapter(adapter) not in (needed, None):
             pair = f"{_said(experiment, 'strategy')} with {_said(experiment, 'adapter')}"
             reasons.append(f"{pair}: {why}; it needs adapter={wanted}")
     if getattr(adapter, "init", None) == "public" and not _public(experiment.data):

@@ -3,14 +3,13 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 if TYPE_CHECKING:
     from fedsys.config import Experiment
@@ -31,6 +30,11 @@ class Outcome(Protocol):
     @property
     def summary(self) -> Mapping[str, Any]:
         """The content of summary.json."""
+        ...
+
+    @property
+    def metrics(self) -> Sequence[Record]:
+        """The lines of metrics.jsonl."""
         ...
 
 
@@ -137,7 +141,7 @@ class Terminal(logging.Handler):
     def finished(self, result: Outcome) -> None:
         """Write the table of results to stdout."""
         self._bar.stop()
-        show_table([[name, value] for name, value in self._results(result)])
+        show_table(self._results(result))
 
     def _say(self, line: str) -> None:
         self._console.print(line)
@@ -167,23 +171,23 @@ class Terminal(logging.Handler):
     def _results(self, result: Outcome) -> list[tuple[str, str]]:
         summary = result.summary
         rows = [
-            _course(self._rounds, "eval_accuracy", max),
-            _course(self._rounds, "eval_loss", min),
+            _course(result.metrics, "eval_accuracy", max),
+            _course(result.metrics, "eval_loss", min),
         ]
-        for key, text in (
-            ("rounds", str),
-            ("bytes_up", size),
-            ("bytes_down", size),
-            ("bytes_init", size),
-            ("seconds", lambda v: f"{v:.1f}"),
-            ("seconds_per_round", lambda v: f"{v:.4g}"),
-            ("peak_memory_mb", lambda v: f"{v:.0f}"),
-            ("trainable_parameters", lambda v: f"{v:,}"),
-            ("epsilon", lambda v: f"{v:.3g}"),
-            ("delta", lambda v: f"{v:.3g}"),
+        for name, key, text in (
+            ("rounds", "rounds", str),
+            ("sent up", "bytes_up", size),
+            ("sent down", "bytes_down", size),
+            ("sent at first", "bytes_init", size),
+            ("seconds", "seconds", lambda v: f"{v:.1f}"),
+            ("seconds a round", "seconds_per_round", lambda v: f"{v:.4g}"),
+            ("peak memory", "peak_memory_mb", lambda v: f"{v:.0f} MB"),
+            ("trained numbers", "trainable_parameters", lambda v: f"{v:,}"),
+            ("epsilon", "epsilon", lambda v: f"{v:.3g}"),
+            ("delta", "delta", lambda v: f"{v:.3g}"),
         ):
             if summary.get(key) is not None:
-                rows.append((key.replace("_", " "), text(summary[key])))
+                rows.append((name, text(summary[key])))
         return [row for row in rows if row[1]] + [("run folder", str(result.folder))]
 
 
@@ -196,21 +200,19 @@ def size(count: float) -> str:
     return f"{count:.4g} TB"
 
 
-def show_table(rows: list[list[str]], header: list[str] | None = None) -> None:
-    """Write rows to stdout, in columns; folders are never cut, for people copy them."""
-    table = Table.grid(padding=(0, 2))
-    for line in [*([header] if header else []), *rows]:
-        table.add_row(*line)
-    wide = None if sys.stdout.isatty() else 1000
-    console = Console(file=sys.stdout, highlight=False, markup=False, width=wide)
-    console.print(table, overflow="fold")
+def show_table(rows: Sequence[Sequence[str]]) -> None:
+    """Write rows to stdout in columns; nothing is cut or wrapped, for people copy folders."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
 
 
 def _number(name: str, value: float | None) -> str:
     return "" if value is None else f"{name} {value:.4g}"
 
 
-def _course(rounds: list[Record], key: str, best: Any) -> tuple[str, str]:
+def _course(rounds: Sequence[Record], key: str, best: Any) -> tuple[str, str]:
     """Return how a metric went: its first, last and best value."""
     name = key.removeprefix("eval_")
     seen = [(record[key], record["round"]) for record in rounds if record.get(key) is not None]

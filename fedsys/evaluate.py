@@ -21,9 +21,12 @@ def evaluate(
 
     ``params`` (size,) is the model's flat vector; for language modelling a target is a token.
     """
+    lengths = examples.lengths(rows)
+    if lengths is not None:  # neighbours of one length need little padding
+        rows = rows[lengths.argsort(stable=True)]
     model.bind(model.layout.unpack(params[None].to(device)))
     loss = hits = targets = 0.0
-    for part in rows.split(batch_size):
+    for part in rows.split(batch_size) if len(rows) else ():
         batch = {n: v.to(device) for n, v in examples.batch(part).items()}
         labels = batch.pop("labels")
         logits = model(**batch)

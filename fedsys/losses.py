@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
+from fedsys.data.examples import IGNORE
+
+__all__ = ["IGNORE", "client_losses", "row_hits", "row_losses"]
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,18 +19,15 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     flat = F.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORE
+        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE
     )
-    counts = labels != IGNORE
-    rows = len(labels)
-    return flat.view(rows, -1).sum(1), counts.view(rows, -1).sum(1)
+    return flat.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
 
 
 def row_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """Return how many targets of each row (rows,) the highest logit names."""
     logits, labels = _aligned(logits, labels)
-    hits = (logits.argmax(-1) == labels) & (labels != IGNORE)
-    return hits.view(len(labels), -1).sum(1)
+    return ((logits.argmax(-1) == labels) & (labels != IGNORE)).sum(1)
 
 
 def client_losses(logits: Tensor, labels: Tensor, clients: int) -> Tensor:
@@ -42,6 +41,7 @@ def client_losses(logits: Tensor, labels: Tensor, clients: int) -> Tensor:
 
 
 def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (rows, T, C) and the labels (rows, T) that they are to predict."""
     if labels.dim() == 1:
-        return logits, labels
+        return logits[:, None], labels[:, None]
     return logits[:, :-1], labels[:, 1:]

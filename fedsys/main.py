@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from fedsys.compose import FOLDER, compose, chosen_by_default, groups, implied
+from fedsys.compose import FOLDER, chosen_by_default, compose, groups, implied
 from fedsys.errors import ClientFailure, ConfigError, DataError, RunError
 from fedsys.known import suggestion
 

@@ -12,15 +12,16 @@ An app of somebody else's knows nothing of it and meets plain named arrays.
 """
 
 import math
-from collections.abc import Mapping
-from io import BytesIO
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedsys.arrays import TensorArray, array_bytes, tensor_of
 from fedsys.errors import ClientFailure
 from fedsys.params import Layout, Params
 from fedsys.update import Update
@@ -31,31 +32,9 @@ ROUND, BASIS, NUM_EXAMPLES = "server-round", "basis", "num-examples"
 MAX_EXAMPLES = 2**53  # beyond it a count is no longer exact as a float
 
 _R = TypeVar("_R", ArrayRecord, MetricRecord)
-_NPY_HEADER = 128  # bytes np.save puts before the numbers
-
-
-class TensorArray(Array):
-    """A Flower Array that keeps its tensor and serialises it only when someone asks.
-
-    ``numpy()`` returns a copy, so that no reader can change the tensor of another.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()
-        self.dtype = str(tensor.dtype).removeprefix("torch.")
-        self.shape = tuple(tensor.shape)
-        self.stype = "numpy.ndarray"
-
-    @property  # type: ignore[override]
-    def data(self) -> bytes:
-        """The bytes of ``np.save``, as Flower's own arrays carry them."""
-        buffer = BytesIO()
-        np.save(buffer, self.tensor.cpu().numpy(), allow_pickle=False)
-        return buffer.getvalue()
-
-    def numpy(self) -> np.ndarray:
-        """Return a copy as a NumPy array."""
-        return self.tensor.cpu().numpy().copy()
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# What Flower's serialisation puts around a record and an array: types, hashes, lengths.
+_PER_RECORD, _PER_ARRAY = 160, 330
 
 
 def encode(params: Params, layout: Layout | None = None) -> ArrayRecord:
@@ -75,18 +54,6 @@ def encode_flat(flat: Tensor) -> ArrayRecord:
     return record
 
 
-def tensor_of(array: Array) -> Tensor:
-    """Return an array's tensor; raise ``ValueError`` when its bytes are not a NumPy array."""
-    if isinstance(array, TensorArray):
-        return array.tensor
-    try:
-        values = array.numpy()
-        # Writable, because torch warns of read-only memory and a reader may own the result.
-        return torch.from_numpy(values if values.flags.writeable else values.copy())
-    except (OSError, TypeError, EOFError) as error:
-        raise ValueError(f"an array cannot be decoded: {error}") from error
-
-
 def decode(record: ArrayRecord, layout: Layout | None = None) -> Params:
     """Return the record's tensors by name; raise ``ValueError`` when they do not fit ``layout``."""
     tensors = {name: tensor_of(array) for name, array in record.items()}
@@ -97,93 +64,109 @@ def decode(record: ArrayRecord, layout: Layout | None = None) -> Params:
     return layout.unpack(tensors[PACKED])
 
 
+def arrays_of(content: RecordDict, name: str = ARRAYS) -> ArrayRecord:
+    """Return the arrays called ``name``; raise ``ValueError`` when there are none."""
+    record = content.get(name)
+    if not isinstance(record, ArrayRecord):
+        raise ValueError(f"the message has no arrays called {name!r}")
+    return record
+
+
+def config_of(content: RecordDict) -> ConfigRecord:
+    """Return the settings; raise ``ValueError`` when there are none."""
+    record = content.get(CONFIG)
+    if not isinstance(record, ConfigRecord):
+        raise ValueError(f"the message has no settings called {CONFIG!r}")
+    return record
+
+
 def read_update(
     reply: Message, client: int, sent: ArrayRecord, layout: Layout | None = None, basis: str = ""
 ) -> Update:
-    """Return ``x_n - x_t`` of a reply to ``sent``.
+    """Return ``x_n - x_t`` of a reply to ``sent``; whole numbers differ in float64.
 
     Raises ``ClientFailure`` with the reason when the reply cannot be used: an error, other names,
     shapes or dtypes than were sent, NaN or Inf, no positive number of examples, another basis.
     """
-    if reply.has_error():
-        raise ClientFailure(client, reply.error.reason or f"error code {reply.error.code}")
-    content = reply.content
-    try:
+    with _blaming(client):
+        content = content_of(reply)
         delta = _difference(_only(content, ArrayRecord), sent)
         metrics = read_metrics(_only(content, MetricRecord))
-    except ValueError as error:
-        raise ClientFailure(client, str(error)) from error
-    answered = content[REPLY].get(BASIS, "") if REPLY in content else basis
-    if answered != basis:
-        raise ClientFailure(client, "trained with other frozen factors than the server holds")
+        if _basis_of(content) != basis:
+            raise ValueError("trained with other frozen factors than the server holds")
     if layout is not None and PACKED in delta:
         delta = layout.unpack(delta[PACKED])
     return Update(client, delta, int(metrics.pop(NUM_EXAMPLES)), metrics)
 
 
-def read_arrays(
-    reply: Message, client: int, shapes: Mapping[str, tuple[int, ...]]
-) -> Params:
+def read_arrays(reply: Message, client: int, shapes: Mapping[str, tuple[int, ...]]) -> Params:
     """Return a reply's arrays by name.
 
     Raises ``ClientFailure`` on an error, on other names or shapes than ``shapes``, on NaN or Inf.
     """
-    if reply.has_error():
-        raise ClientFailure(client, reply.error.reason or f"error code {reply.error.code}")
-    try:
-        arrays = decode(_only(reply.content, ArrayRecord))
-    except ValueError as error:
-        raise ClientFailure(client, str(error)) from error
-    if {name: tuple(value.shape) for name, value in arrays.items()} != dict(shapes):
-        raise ClientFailure(client, "names or shapes of the arrays are not those asked for")
-    for name, value in arrays.items():
-        if not bool(value.isfinite().all()):
-            raise ClientFailure(client, f"{name} holds NaN or Inf")
-    return arrays
+    with _blaming(client):
+        arrays = decode(_only(content_of(reply), ArrayRecord))
+        if {name: tuple(value.shape) for name, value in arrays.items()} != dict(shapes):
+            raise ValueError("names or shapes of the arrays are not those asked for")
+        for name, value in arrays.items():
+            _refuse_non_finite(name, value)
+    return {name: arrays[name] for name in shapes}
 
 
 def read_reply_metrics(reply: Message, client: int) -> dict[str, float]:
     """Return an evaluation reply's metrics; raise ``ClientFailure`` when it cannot be used."""
-    if reply.has_error():
-        raise ClientFailure(client, reply.error.reason or f"error code {reply.error.code}")
-    try:
-        metrics = read_metrics(_only(reply.content, MetricRecord))
-    except ValueError as error:
-        raise ClientFailure(client, str(error)) from error
-    if not all(map(math.isfinite, metrics.values())):
-        raise ClientFailure(client, "a metric is NaN or Inf")
-    return metrics
+    with _blaming(client):
+        return read_metrics(_only(content_of(reply), MetricRecord))
 
 
 def read_metrics(record: MetricRecord) -> dict[str, float]:
-    """Return the scalar metrics; raise ``ValueError`` without a positive ``num-examples``."""
+    """Return the scalar metrics; lists are left out.
+
+    Raises ``ValueError`` unless all are finite and ``num-examples`` is a count.
+    """
     count = record.get(NUM_EXAMPLES)
-    if not isinstance(count, int | float) or not 1 <= count <= MAX_EXAMPLES:
-        raise ValueError(f"{NUM_EXAMPLES} must be a number from 1 to 2^53, got {count!r}")
-    return {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+    # Compared and not converted: NaN fails, and so does an int too large for a float.
+    if not isinstance(count, int | float) or not 1 <= count <= MAX_EXAMPLES or count % 1:
+        raise ValueError(f"{NUM_EXAMPLES} must be a whole number from 1 to 2^53, got {count!r:.40}")
+    metrics = {n: value for n, value in record.items() if isinstance(value, int | float)}
+    for name, value in metrics.items():
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise ValueError(f"metric {name} is NaN, Inf or too large")
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def content_of(reply: Message) -> RecordDict:
+    """Return the reply's content; raise ``ValueError`` with the reason when it is an error."""
+    if reply.has_error():
+        # Ray's reason is a coloured traceback; its last line says what happened.
+        lines = _COLOUR.sub("", reply.error.reason or "").strip().splitlines()
+        raise ValueError(lines[-1][:500] if lines else f"error code {reply.error.code}")
+    return reply.content
 
 
 def wire_bytes(content: RecordDict) -> int:
-    """Return the bytes ``content`` takes as serialised records, transport framing excluded."""
-    return sum(len(name) + _record_bytes(record) for name, record in content.items())
+    """Return the bytes of ``content`` as Flower serialises it, transport framing excluded."""
+    return sum(_PER_RECORD + _record_bytes(record) for record in content.values())
 
 
 def _record_bytes(record: ArrayRecord | MetricRecord | ConfigRecord) -> int:
     if isinstance(record, ArrayRecord):
-        return sum(len(name) + _array_bytes(array) for name, array in record.items())
+        return sum(_PER_ARRAY + len(name) + array_bytes(array) for name, array in record.items())
     return sum(len(name) + _value_bytes(value) for name, value in record.items())
-
-
-def _array_bytes(array: Array) -> int:
-    if isinstance(array, TensorArray):
-        return _NPY_HEADER + array.tensor.numel() * array.tensor.element_size()
-    return len(array.data)
 
 
 def _value_bytes(value: object) -> int:
     if isinstance(value, list):
         return sum(map(_value_bytes, value))
     return len(value) if isinstance(value, str | bytes) else 8
+
+
+@contextmanager
+def _blaming(client: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ClientFailure(client, str(error)) from error
 
 
 def _only(content: RecordDict, kind: type[_R]) -> _R:
@@ -193,20 +176,38 @@ def _only(content: RecordDict, kind: type[_R]) -> _R:
     return found[0]
 
 
+def _basis_of(content: RecordDict) -> object:
+    return content[REPLY].get(BASIS, "") if REPLY in content else ""
+
+
 def _difference(received: ArrayRecord, sent: ArrayRecord) -> Params:
     if received.keys() != sent.keys():
         odd = sorted(received.keys() ^ sent.keys())[:3]
-        raise ValueError(f"tensor names differ from those sent: {', '.join(odd)}")
+        raise ValueError(f"tensor names differ from those sent: {', '.join(odd):.200}")
     delta = {}
-    for name, array in received.items():
-        value, start = tensor_of(array), tensor_of(sent[name])
+    for name, array in sent.items():
+        value, start = tensor_of(received[name]), tensor_of(array)
         if value.shape != start.shape or value.dtype != start.dtype:
             raise ValueError(
                 f"{name} is {value.dtype} {tuple(value.shape)}, "
                 f"expected {start.dtype} {tuple(start.shape)}"
             )
-        # The sum of finite numbers is finite but for overflow, and far cheaper than isfinite.
-        if not math.isfinite(value.sum().item()) and not bool(value.isfinite().all()):
-            raise ValueError(f"{name} holds NaN or Inf")
-        delta[name] = value - start
+        if value.is_floating_point():
+            delta[name] = value - start
+            if not _is_finite(delta[name]):
+                # Infinity where it was sent, as in the mask buffers of some models, has not moved.
+                delta[name] = delta[name].masked_fill(value == start, 0)
+                _refuse_non_finite(name, delta[name])
+        else:
+            delta[name] = value.double() - start.double()  # uint8 would wrap around
     return delta
+
+
+def _refuse_non_finite(name: str, value: Tensor) -> None:
+    if not _is_finite(value):
+        raise ValueError(f"{name} holds NaN or Inf")
+
+
+def _is_finite(value: Tensor) -> bool:
+    # The sum of finite numbers is finite but for overflow, and far cheaper than isfinite.
+    return math.isfinite(value.sum().item()) or bool(value.isfinite().all())

@@ -4,6 +4,7 @@ A name that is absent stands for zeros, so ``{}`` is the zero vector of every mo
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,22 +56,26 @@ def weighted_mean(terms: Iterable[tuple[float, Params]]) -> Params:
             yield weight, params
 
     total = weighted_sum(noted())
-    torch._foreach_div_(list(total.values()), sum(weights) or 1.0)
+    if total:
+        torch._foreach_div_(list(total.values()), sum(weights) or 1.0)
     return total
 
 
 def norm(params: Params) -> float:
     """Return the Euclidean norm over all tensors together."""
-    return sum(value.double().square().sum().item() for value in params.values()) ** 0.5
+    squares = (value.double().square().sum().item() for value in params.values())
+    return math.sqrt(sum(squares))
 
 
 def digest(params: Params) -> str:
     """Return the SHA-256 of names, dtypes, shapes and bits, in order of names."""
     state = hashlib.sha256()
     for name in sorted(params):
-        value = params[name].detach().cpu().contiguous()
+        value = params[name].detach().cpu()
         state.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        state.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        # A copy, because strides of one entry or none may be anything, and 0-dim has no bytes.
+        flat = value.clone(memory_format=torch.contiguous_format).view(-1)
+        state.update(flat.view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
 
 
@@ -105,7 +110,7 @@ class Layout:
         sizes = [shape.numel() for shape in self.shapes.values()]
         parts = flat.split(sizes, dim=-1)
         return {
-            name: part.view(*flat.shape[:-1], *shape)
+            name: part.view((*flat.shape[:-1], *shape))
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 

@@ -33,15 +33,18 @@ class Uniform:
     cohort: int | None = None  # clients a round; None: everyone
 
     def __post_init__(self) -> None:
+        """Check ranges; raises ``ValueError``."""
         if self.cohort is not None and self.cohort < 1:
             raise ValueError(f"cohort counts clients and must be at least 1, got {self.cohort}")
 
     def init(self, num_clients: int) -> State:
+        """Return (): nothing is remembered."""
         return ()
 
     def draw(
         self, round: int, num_clients: int, state: State, rng: np.random.Generator
     ) -> tuple[list[int], State]:
+        """Return the clients of ``round``; everyone when there are no more than ``cohort``."""
         if self.cohort is None or self.cohort >= num_clients:
             return list(range(num_clients)), state
         # shuffle=False keeps the draw proportional to the cohort, whatever num_clients.
@@ -56,15 +59,18 @@ class Bernoulli:
     rate: float  # in (0, 1]
 
     def __post_init__(self) -> None:
+        """Check ranges; raises ``ValueError``."""
         if not 0 < self.rate <= 1:
             raise ValueError(f"rate is a probability in (0, 1], got {self.rate}")
 
     def init(self, num_clients: int) -> State:
+        """Return (): nothing is remembered."""
         return ()
 
     def draw(
         self, round: int, num_clients: int, state: State, rng: np.random.Generator
     ) -> tuple[list[int], State]:
+        """Return the clients of ``round``, perhaps none."""
         # A binomial count and a uniform subset of that size cost O(cohort), not O(num_clients).
         count = int(rng.binomial(num_clients, self.rate))
         drawn = rng.choice(num_clients, count, replace=False, shuffle=False)

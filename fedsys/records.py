@@ -60,13 +60,14 @@ class NoRecorder:
     """Keeps nothing."""
 
     def restore(self, like: Snapshot) -> Snapshot | None:
+        """Return None: there is nothing to continue from."""
         return None
 
     def prepared(self, snapshot: Snapshot, bytes_init: int) -> None:
-        pass
+        """Do nothing."""
 
     def failed(self, failure: ClientFailure) -> None:
-        pass
+        """Do nothing."""
 
     def finished(self, snapshot: Snapshot, record: RoundRecord) -> None:
-        pass
+        """Do nothing."""

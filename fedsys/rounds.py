@@ -1,6 +1,6 @@
 """One round of messages: who was asked, what came back, what it weighed."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
@@ -27,6 +27,7 @@ class Round:
         layout: Layout | None = None,
         basis: str = "",
     ) -> None:
+        """Expect replies to ``sent`` from the clients of ``nodes``, trained with ``basis``."""
         self.index = index
         self.nodes = nodes
         self.sent = sent
@@ -35,24 +36,25 @@ class Round:
         self.answered: list[int] = []
         self.failures: list[ClientFailure] = []
         self.bytes_up = self.bytes_down = self.bytes_init = 0
+        self._outgoing: list[Message] = []
+        self._examples = 0
         self._totals: dict[str, float] = {}  # metric -> sum of examples * value
-        self._examples: dict[str, int] = {}
+        self._weights: dict[str, int] = {}  # metric -> examples of the clients that report it
         self._heard: set[int] = set()
 
     def address(self, kind: str, contents: Iterable[tuple[int, RecordDict]]) -> list[Message]:
         """Return one message of ``kind`` to each (client, content), counting bytes."""
         sizes: dict[int, tuple[int, int]] = {}
-        outgoing = []
+        group = str(self.index)
         for client, content in contents:
             if id(content) not in sizes:
-                frozen = {k: v for k, v in content.items() if k == messages.FROZEN}
-                init = messages.wire_bytes(RecordDict(frozen))
-                sizes[id(content)] = messages.wire_bytes(content) - init, init
+                sizes[id(content)] = _sizes(content)
             down, init = sizes[id(content)]
             self.bytes_down += down
             self.bytes_init += init
-            outgoing.append(Message(content, self.nodes[client], kind, group_id=str(self.index)))
-        return outgoing
+            message = Message(content, self.nodes[client], kind, group_id=group)
+            self._outgoing.append(message)
+        return self._outgoing
 
     def updates(self, replies: Iterable[Message], excluded: Excluded) -> Iterator[Update]:
         """Yield the usable updates in order of clients; tell ``excluded`` of the others."""
@@ -95,33 +97,28 @@ class Round:
             self._exclude(ClientFailure(client, "no reply before the deadline"), excluded)
 
     def train_metrics(self) -> MetricRecord:
-        """Return the metrics of the usable updates, averaged by examples."""
-        means = {name: total / self._examples[name] for name, total in self._totals.items()}
-        return MetricRecord({**means, messages.NUM_EXAMPLES: max(self._examples.values(), default=0)})
+        """Return the metrics of the usable updates, averaged by examples, and the examples."""
+        means = {name: total / self._weights[name] for name, total in self._totals.items()}
+        return MetricRecord({**means, messages.NUM_EXAMPLES: self._examples})
 
     def record(self, result: Result, seconds: float) -> RoundRecord:
         """Return the round as a line of ``metrics.jsonl``."""
-        train = result.train_metrics_clientapp.get(self.index, {})
-        central = result.evaluate_metrics_serverapp.get(self.index, {})
-        local = result.evaluate_metrics_clientapp.get(self.index, {})
-
-        def number(metrics: Mapping[str, object], name: str) -> float | None:
-            value = metrics.get(name)
-            return float(value) if isinstance(value, int | float) else None
-
+        train = result.train_metrics_clientapp.get(self.index)
+        central = result.evaluate_metrics_serverapp.get(self.index)
+        local = result.evaluate_metrics_clientapp.get(self.index)
         return RoundRecord(
             round=self.index,
             clients=len(self.answered),
             failures=len(self.failures),
-            train_loss=number(train, "train_loss"),
-            eval_loss=number(central, "eval_loss"),
-            eval_accuracy=number(central, "eval_accuracy"),
+            train_loss=_number(train, "train_loss"),
+            eval_loss=_number(central, "eval_loss"),
+            eval_accuracy=_number(central, "eval_accuracy"),
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,
             bytes_init=self.bytes_init,
             seconds=seconds,
-            clients_accuracy=number(local, "eval_accuracy"),
-            clients_accuracy_worst_decile=number(local, "eval_accuracy_worst_decile"),
+            clients_accuracy=_number(local, "eval_accuracy"),
+            clients_accuracy_worst_decile=_number(local, "eval_accuracy_worst_decile"),
             reasons=[str(failure) for failure in self.failures],
         )
 
@@ -129,35 +126,49 @@ class Round:
         self, replies: Iterable[Message], excluded: Excluded
     ) -> Iterator[tuple[int, Message]]:
         clients = {node: client for client, node in self.nodes.items()}
-        if isinstance(replies, list):  # of any order; a stream comes in order of clients
-            unknown = len(clients)
-            replies = sorted(replies, key=lambda r: clients.get(r.metadata.src_node_id, unknown))
+        if isinstance(replies, Collection):  # of any order; a stream comes in order of clients
+            last = len(clients)
+            replies = sorted(replies, key=lambda r: clients.get(r.metadata.src_node_id, last))
         for reply in replies:
             client = clients.get(reply.metadata.src_node_id)
-            if client is None or client in self._heard:
-                reason = "answered twice" if client is not None else _stranger(reply)
-                self._exclude(ClientFailure(-1 if client is None else client, reason), excluded)
-            elif reply.metadata.group_id != str(self.index):
-                reason = f"answered round {reply.metadata.group_id!r} in round {self.index}"
+            if client is None:
+                client = self._client_asked(reply, clients)
+            if client is None:
+                self._exclude(ClientFailure(-1, _stranger(reply)), excluded)
+            elif reply.metadata.group_id not in (str(self.index), ""):
+                reason = f"answered round {reply.metadata.group_id!r:.40} in round {self.index}"
                 self._exclude(ClientFailure(client, reason), excluded)
+            elif client in self._heard:
+                self._exclude(ClientFailure(client, "answered twice"), excluded)
             else:
                 self._heard.add(client)
                 if reply.has_content():
                     self.bytes_up += messages.wire_bytes(reply.content)
                 yield client, reply
 
+    def _client_asked(self, reply: Message, clients: Mapping[int, int]) -> int | None:
+        """Return whom an error is about that the server, not the client's node, replied."""
+        if not reply.has_error():
+            return None
+        asked = reply.metadata.reply_to_message_id
+        for message in self._outgoing:
+            if asked and message.metadata.message_id == asked:
+                return clients.get(message.metadata.dst_node_id)
+        return None
+
     def _exclude(self, failure: ClientFailure, excluded: Excluded) -> None:
         self.failures.append(failure)
         excluded(failure)
 
     def _note(self, metrics: dict[str, float], num_examples: int) -> None:
+        self._examples += num_examples
         for name, value in metrics.items():
             self._totals[name] = self._totals.get(name, 0.0) + num_examples * value
-            self._examples[name] = self._examples.get(name, 0) + num_examples
+            self._weights[name] = self._weights.get(name, 0) + num_examples
 
 
 def summarise(metrics: list[tuple[int, dict[str, float]]]) -> MetricRecord | None:
-    """Return the means by examples and ``eval_accuracy_worst_decile``, the mean of the worst tenth."""
+    """Return the means by examples, and the mean of the worst tenth as ``..._worst_decile``."""
     examples = sum(count for count, _ in metrics)
     if not examples:
         return None
@@ -170,6 +181,18 @@ def summarise(metrics: list[tuple[int, dict[str, float]]]) -> MetricRecord | Non
         worst = worst[: max(1, len(worst) // 10)]
         record["eval_accuracy_worst_decile"] = sum(worst) / len(worst)
     return record
+
+
+def _number(metrics: MetricRecord | None, name: str) -> float | None:
+    value = metrics.get(name) if metrics is not None else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _sizes(content: RecordDict) -> tuple[int, int]:
+    """Return the bytes of ``content`` without and of the frozen factors."""
+    frozen = {name: record for name, record in content.items() if name == messages.FROZEN}
+    init = messages.wire_bytes(RecordDict(frozen))
+    return messages.wire_bytes(content) - init, init
 
 
 def _stranger(reply: Message) -> str:

@@ -14,7 +14,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -23,8 +23,10 @@ from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
+from fedsys import settings
 from fedsys.checkpoint import Checkpoints, ClientStates
 from fedsys.errors import ClientFailure, RunError
+from fedsys.params import Params
 from fedsys.records import RoundRecord
 from fedsys.snapshot import Snapshot
 
@@ -48,19 +50,29 @@ class RunFolder:
     """The recorder of a run: metrics, checkpoints, and whoever listens."""
 
     def __init__(
-        self, folder: Path, rounds: int, every: int, keep: int, clients: ClientStates
+        self,
+        folder: Path,
+        rounds: int,
+        when: settings.Checkpoints,
+        clients: ClientStates,
+        listener: Listener,
     ) -> None:
+        """Record a run of ``rounds``; ``clients`` are memories shared with the engine."""
         self.folder = folder
         self.rounds = rounds
-        self.every = every
-        self.clients = clients  # memories, shared with the engine
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep)
-        self.listener: Listener | None = None
-        self.on_factors: Any = None  # called with the frozen factors before round 1
-        self.bytes_init = 0
-        self.last: Snapshot | None = None
+        self.every = when.every
+        self.clients = clients
+        self.checkpoints = Checkpoints(folder / "checkpoints", when.keep)
+        self.listener = listener
+        self.on_factors: Callable[[Params], None] = lambda _: None  # told of them before round 1
+        self.params: Params = {}  # x_t
+        self._bytes_init = 0
 
     # ---- before the run
+
+    def exists(self) -> bool:
+        """Return whether a run was begun here."""
+        return (self.folder / "config.yaml").exists()
 
     def create(self, resolved: Metrics, overrides: list[str]) -> None:
         """Make the folder and write what was asked for."""
@@ -83,6 +95,7 @@ class RunFolder:
     # ---- fedsys.records.Recorder
 
     def restore(self, like: Snapshot) -> Snapshot | None:
+        """Return the last checkpoint, with metrics and memories as they were then."""
         found = self.checkpoints.load(like)
         if found is None:
             self._keep_lines(-1)
@@ -94,21 +107,23 @@ class RunFolder:
         return snapshot
 
     def prepared(self, snapshot: Snapshot, bytes_init: int) -> None:
-        self.bytes_init = bytes_init
-        self.last = snapshot
-        if snapshot.frozen and self.on_factors is not None:
+        """Keep the frozen factors and hand them to whoever evaluates."""
+        self._bytes_init = bytes_init
+        self.params = snapshot.params
+        if snapshot.frozen:
             self.on_factors(snapshot.frozen)
         if snapshot.round == 0:
             self.checkpoints.save_frozen(snapshot.frozen)
 
     def failed(self, failure: ClientFailure) -> None:
-        if self.listener is not None:
-            self.listener.failure(failure.client, failure.reason)
+        """Pass the failure on."""
+        self.listener.failure(failure.client, failure.reason)
 
     def finished(self, snapshot: Snapshot, record: RoundRecord) -> None:
+        """Write the round's line, and a checkpoint when one is due."""
         # The line goes first: one without a checkpoint is dropped at resume, never the reverse.
         self.write(record)
-        self.last = snapshot
+        self.params = snapshot.params
         due = self.every and (snapshot.round % self.every == 0 or snapshot.round == self.rounds)
         if due:
             try:
@@ -124,15 +139,14 @@ class RunFolder:
     def write(self, record: RoundRecord) -> None:
         """Append a line to ``metrics.jsonl``; raises ``RunError`` when it cannot be written."""
         if record.round == 0:
-            record = replace(record, bytes_init=self.bytes_init)
+            record = replace(record, bytes_init=self._bytes_init)
         line = record.as_dict()
         try:
             with self._metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise RunError(f"{self._metrics} cannot be written: {error}") from error
-        if self.listener is not None:
-            self.listener.round(line, self.rounds)
+        self.listener.round(line, self.rounds)
 
     def lines(self) -> list[Metrics]:
         """Return the lines of ``metrics.jsonl``; a torn last line is left out."""

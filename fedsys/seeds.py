@@ -7,25 +7,44 @@ order of clients, the number of workers and a resume in between cannot change a 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
+from numpy.typing import NDArray
+
+
+def _name(seed: int, purpose: str, path: tuple[int, ...]) -> bytes:
+    return f"{seed}/{purpose}/{'/'.join(map(str, path))}".encode()
 
 
 def _key(seed: int, purpose: str, path: tuple[int, ...]) -> int:
-    name = f"{seed}/{purpose}/{'/'.join(map(str, path))}"
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    # torch keeps only 63 bits of a seed without complaint about the sign.
+    name = _name(seed, purpose, path)
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+
+
+class _Hash(ISeedSequence):
+    """The words of a hash as a bit generator's initial state: no need to mix them again."""
+
+    def __init__(self, digest: bytes) -> None:
+        self._digest = digest
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[Any]:
+        return np.frombuffer(self._digest, dtype, n_words)
 
 
 def generator(seed: int, purpose: str, *path: int) -> torch.Generator:
     """Return a CPU generator for ``purpose`` at ``path``, such as ``(round, client)``."""
-    # torch keeps only 63 bits of a seed without complaint about the sign.
-    return torch.Generator().manual_seed(_key(seed, purpose, path) >> 1)
+    return torch.Generator().manual_seed(_key(seed, purpose, path))
 
 
 def numpy_generator(seed: int, purpose: str, *path: int) -> np.random.Generator:
     """Return NumPy's counterpart of :func:`generator`."""
-    return np.random.default_rng(_key(seed, purpose, path))
+    digest = hashlib.blake2b(_name(seed, purpose, path), digest_size=64).digest()
+    words: Any = _Hash(digest)  # NumPy's stubs know of no seeds but its own
+    return np.random.Generator(np.random.PCG64(words))
 
 
 @contextmanager
@@ -35,5 +54,5 @@ def forked(seed: int, purpose: str, *path: int) -> Iterator[None]:
     For libraries that initialise modules from the global generator and take no other.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_key(seed, purpose, path) >> 1)
+        torch.manual_seed(_key(seed, purpose, path))
         yield

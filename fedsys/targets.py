@@ -133,12 +133,14 @@ def _fields(cls: type) -> dict[str, Field[Any]]:
     of_the_run: set[str] = set()
     for base in cls.__mro__:
         if f"{base.__module__}.{base.__qualname__}" == "fedsys.strategy.Strategy":
-            of_the_run = {field.name for field in fields(base)} - set(_HYPERPARAMETERS)  # type: ignore[arg-type]
-    return {f.name: f for f in fields(cls) if f.init and f.name not in of_the_run}  # type: ignore[arg-type]
+            of_the_run = {field.name for field in fields(base)} - set(_HYPERPARAMETERS)
+    return {f.name: f for f in fields(cls) if f.init and f.name not in of_the_run}
 
 
 def _named(group: str, cls: type, message: str) -> str:
     """Return a message of a component, its key spelt as the user types it."""
     line = " ".join(message.split())
+    if re.match(rf"{group}[.=]", line):
+        return line
     first = re.match(r"\w*", line)
     return f"{group}.{line}" if first and first[0] in _fields(cls) else f"{group}: {line}"

@@ -40,6 +40,7 @@ class FedSB(Strategy):
     public_gradients: Callable[[], Params] | None = None  # adapter.init=public
 
     def prepare(self, params: Params, ask: Ask) -> tuple[Params, Params]:
+        """Return R_0 with the head, and the factors: phase 0."""
         if self.adapter is None:
             return params, {}
         if self.seeded_factors is not None:
@@ -56,4 +57,5 @@ class FedSB(Strategy):
 
     @property
     def sends_factors(self) -> bool:
+        """Factors from a seed are derived by the clients, all others are sent."""
         return self.seeded_factors is None

@@ -74,6 +74,7 @@ class FedAdagrad(_FedOpt):
     beta1: float = 0.0
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
+        """Return the sum of all squares."""
         return v + squared
 
 
@@ -84,6 +85,7 @@ class FedYogi(_FedOpt):
     beta2: float = 0.99
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
+        """Return v, moved towards d_t^2 by a fraction of d_t^2."""
         return v - (1 - self.beta2) * squared * torch.sign(v - squared)
 
 
@@ -94,4 +96,5 @@ class FedAdam(_FedOpt):
     beta2: float = 0.99
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
+        """Return the mean of v and d_t^2, weighted by beta2."""
         return self.beta2 * v + (1 - self.beta2) * squared

@@ -27,8 +27,10 @@ class FedProx(Strategy):
             raise ValueError(f"mu must not be negative, got {self.mu}")
 
     def local_gradient(self, params: Params, start: Params) -> Params:
+        """Return the gradient of the proximal term."""
         return {name: self.mu * value for name, value in subtract(params, start).items()}
 
     def train_config(self) -> dict[str, float]:
+        """Return mu, for clients that are not ours."""
         # The key that clients written for Flower's own FedProx read.
         return {"proximal-mu": self.mu}

@@ -14,9 +14,9 @@ The factors stay in float32: the authors' code rounds them to bfloat16, which co
 orthonormality (B^T B - I of 4e-3).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,11 @@ from fedsys.seeds import forked, generator
 EXACT_SVD = 2048  # the smaller side up to which the full SVD is taken
 OVERSAMPLING = 10  # extra directions of the randomised SVD beyond it
 
+Init = Literal["client_sum", "public", "seeded_random"]
+Gradient = Literal["raw", "sign"]
+Start = Literal["zero", "singular"]
+_CHOICES = {"init": Init, "gradient": Gradient, "start": Start}
+
 
 @dataclass(frozen=True)
 class LoRASB:
@@ -47,16 +52,20 @@ class LoRASB:
     rank: int
     alpha: float | None = None  # scaling = alpha / rank; None: 1, which the theory asks for
     targets: str | Sequence[str] = ALL_LINEAR
-    init: Literal["client_sum", "public", "seeded_random"] = "client_sum"
-    gradient: Literal["raw", "sign"] = "raw"
-    start: Literal["zero", "singular"] = "zero"  # R_0 = 0 or S_r / scaling
+    init: Init = "client_sum"
+    gradient: Gradient = "raw"
+    start: Start = "zero"  # R_0 = 0 or S_r / scaling
     init_lr: float = 0.1  # scales R_0 only; B and A do not depend on it
     init_examples: int | None = None  # rows of each client, or public rows; None: all
 
     def __post_init__(self) -> None:
+        """Refuse values out of range."""
         check_rank(self.rank)
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"alpha must be positive or null, got {self.alpha}")
+        _check_alpha(self.alpha)
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                allowed = ", ".join(get_args(kind))
+                raise ValueError(f"{name} is one of {allowed}, got {getattr(self, name)!r}")
         if self.init_lr <= 0:
             raise ValueError(f"init_lr must be positive, got {self.init_lr}")
         if self.init_examples is not None and self.init_examples < 1:
@@ -76,8 +85,8 @@ class LoRASB:
                 tall = max(factor.shape), self.rank
                 q, _ = torch.linalg.qr(torch.randn(tall, generator=draw, dtype=factor.dtype))
                 factor.copy_(q.T if factor.shape[0] == self.rank != tall[0] else q)
-            nn.init.zeros_(adapter.R.weight)
-            adapter.R.requires_grad_(True)
+            middle = adapter.R.requires_grad_(True)
+            nn.init.zeros_(middle.get_parameter("weight"))
 
     def factorise(self, gradients: Params) -> tuple[Params, Params]:
         """Return the factors and R_0 of the summed gradients {layer: (out, in)}, by full names.
@@ -104,7 +113,9 @@ class LoRAXS:
     targets: str | Sequence[str] = ALL_LINEAR
 
     def __post_init__(self) -> None:
+        """Refuse values out of range."""
         check_rank(self.rank)
+        _check_alpha(self.alpha)
 
     def attach(self, model: nn.Module, seed: int) -> None:
         """Put the adapters into ``model``; R is drawn from ``seed``."""
@@ -114,8 +125,13 @@ class LoRAXS:
             u, s, vt = truncated_svd(weight_of(adapter.base).detach(), self.rank)
             adapter.A.weight.data.copy_(s[:, None] * vt)
             adapter.B.weight.data.copy_(u)
-            adapter.R.weight.data.normal_(0, 1e-5, generator=generator(seed, "adapter", index))
-            adapter.R.requires_grad_(True)
+            middle = adapter.R.requires_grad_(True).get_parameter("weight").data
+            middle.normal_(0, 1e-5, generator=generator(seed, "adapter", index))
+
+
+def _check_alpha(alpha: float | None) -> None:
+    if alpha is not None and alpha <= 0:
+        raise ValueError(f"alpha must be positive or null, got {alpha}")
 
 
 def basis(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +141,7 @@ def basis(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (m, r), S (r,), V^T (r, n): exact up to 2048 on the smaller side, else randomised."""
+    """Return U (m, r), S (r,), V^T (r, n): exact where the smaller side is at most 2048."""
     if min(matrix.shape) <= EXACT_SVD:
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     else:
@@ -170,7 +186,7 @@ def summed_gradients(model: CohortModel, batches: Iterable[Batch]) -> Params:
     sums = {name: _zeros(layer) for name, layer in layers.items()}
     handles = []
     for name, layer in layers.items():
-        weight = layer.base.weight.requires_grad_(True)
+        weight = layer.base.get_parameter("weight").requires_grad_(True)
         handles.append(weight.register_post_accumulate_grad_hook(_move_gradient(sums[name], layer)))
     try:
         for batch in batches:
@@ -181,7 +197,7 @@ def summed_gradients(model: CohortModel, batches: Iterable[Batch]) -> Params:
     finally:
         for handle, layer in zip(handles, layers.values(), strict=True):
             handle.remove()
-            layer.base.weight.requires_grad_(False)
+            layer.base.requires_grad_(False)
         model.zero_grad()
     return sums
 
@@ -192,13 +208,13 @@ def _zeros(layer: LowRank) -> Tensor:
     return torch.zeros(weight.shape, dtype=dtype)
 
 
-def _move_gradient(total: Tensor, layer: LowRank):  # type: ignore[no-untyped-def]
+def _move_gradient(total: Tensor, layer: LowRank) -> Callable[[Tensor], None]:
     transposed = is_transposed(layer.base)
 
     def move(weight: Tensor) -> None:
         gradient = weight.grad
         if gradient is not None:
-            total.add_(gradient.T if transposed else gradient)
+            total.add_((gradient.T if transposed else gradient).to(total))
             weight.grad = None
 
     return move

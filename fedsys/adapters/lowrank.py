@@ -5,6 +5,7 @@
 Shapes: W (out, in), A (rank, in), R (rank, rank), B (out, rank). LoRA trains A and B and has no R.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ class LowRank(nn.Module):
     """A frozen linear layer with a low-rank update beside it."""
 
     def __init__(self, base: nn.Module, rank: int, scaling: float, *, middle: bool) -> None:
+        """Put uninitialised factors beside ``base``, with R between them if ``middle``."""
         super().__init__()
         out, inside = weight_of(base).shape
         self.base = base
@@ -62,14 +64,17 @@ def targets_of(model: nn.Module, targets: str | Sequence[str]) -> list[tuple[str
 
     ``all-linear`` stands for every linear layer but the output layer; a list holds endings of names
     such as ``query`` or ``attention.output.dense``. Raises ``ValueError`` for an ending that
-    matches nothing. A layer whose weight is tied to an embedding is never adapted.
+    matches nothing. Never adapted are a layer of a fresh head, which is trained in full, and one
+    whose weight is tied to another module's.
     """
     linear = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear or is_transposed(m)]
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    free = [(n, m) for n, m in linear if id(m.weight) not in embeddings]
-    heads = getattr(model, "heads", ())
+    holders = Counter(id(getattr(m, "weight", None)) for m in model.modules())
+    fresh = tuple(f"{head}." for head in getattr(model, "heads", ()))
+    free = [
+        (n, m) for n, m in linear if holders[id(m.weight)] == 1 and not f"{n}.".startswith(fresh)
+    ]
     if targets == ALL_LINEAR:
-        return [(n, m) for n, m in free if not _ends(n, OUTPUT_LAYERS) and n not in heads]
+        return [(n, m) for n, m in free if not _ends(n, OUTPUT_LAYERS)]
     endings = [targets] if isinstance(targets, str) else list(targets)
     missing = [e for e in endings if not any(_ends(n, [e]) for n, _ in free)]
     if missing:

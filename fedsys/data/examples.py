@@ -30,6 +30,10 @@ class Examples(ABC):
     def batch(self, rows: Tensor) -> Batch:
         """Return the inputs and the ``labels`` of ``rows`` (b,) int64, in that order."""
 
+    def lengths(self, rows: Tensor) -> Tensor | None:
+        """Return the tokens (b,) of each row; None where all rows are of one size."""
+        return None
+
     @abstractmethod
     def subset(self, rows: Tensor) -> Self:
         """Return a copy that holds ``rows`` only, in that order."""
@@ -129,6 +133,10 @@ class TokenExamples(Examples):
             batch["token_type_ids"] = self.token_types[index].long().masked_fill_(~real, 0)
         batch["labels"] = self._targets(ids, real, rows)
         return batch
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Return the tokens (b,) of each row."""
+        return self.offsets[rows + 1] - self.offsets[rows]
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return positions in ``tokens`` (b, L), and which of them belong to the row."""

@@ -1,15 +1,16 @@
 """The embedded engine: a Flower Grid that runs the ClientApp in this process.
 
-No server, no Ray: a message is handed to the ClientApp and its reply handed back. An app that offers
-``train_cohort(messages, contexts)`` trains up to ``chunk`` clients of a round in one pass; any other
-app runs one client at a time. Flower's private names are used in this file only.
+No server, no Ray: a message is handed to the ClientApp and its reply handed back. An app that
+offers ``train_cohort(messages, contexts)`` trains up to ``chunk`` clients of a round in one pass;
+any other app runs one client at a time. Flower's private names are used in this file only.
 """
 
 import itertools
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
@@ -65,6 +66,7 @@ class LocalGrid(Grid):
         offline: Container[int] = (),
         lost: Callable[[Message], bool] | None = None,
     ) -> None:
+        """Create nothing per client; raises ``ValueError`` without a client or a chunk."""
         if num_clients < 1 or chunk < 1:
             raise ValueError(f"need a client and a chunk, got {num_clients} and {chunk}")
         self.app = app
@@ -82,13 +84,16 @@ class LocalGrid(Grid):
     # ---- Flower's Grid
 
     def set_run(self, run: Run) -> None:
+        """Set the run."""
         self._run = run
 
     @property
     def run(self) -> Run:
+        """The run."""
         return self._run
 
     def get_node_ids(self) -> Iterable[int]:
+        """Return the connected nodes, as a range when all are."""
         every = range(FIRST_NODE, FIRST_NODE + self.num_clients)
         if self._offline == ():
             return every
@@ -102,80 +107,84 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
+        """Return a message."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Run every message now and keep the replies; return the messages' ids."""
         outgoing = list(messages)
         for reply in self.stream(outgoing):
             self._replies[reply.metadata.reply_to_message_id] = reply
         return [message.metadata.message_id for message in outgoing]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Hand over the replies kept for ``message_ids``, each once."""
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
+        """Return all replies as a list."""
         return list(self.stream(messages))
 
     # ---- the simulation
 
     def stream(self, messages: Iterable[Message], timeout: float = 0.0) -> Iterator[Message]:
-        """Yield replies in the order of ``messages``, a chunk trained whenever one is asked for."""
-        for _, group in itertools.groupby(messages, _shared_work):
+        """Yield replies in the order of ``messages``, a chunk trained whenever one is asked for.
+
+        ``timeout`` is there for the protocol: whoever runs here answers before it is left alone.
+        """
+        for (kind, _, reachable), group in itertools.groupby(messages, self._shared_work):
             while chunk := list(itertools.islice(group, self.chunk)):
                 for message in chunk:
                     message.metadata.__dict__["_message_id"] = str(next(self._counter))
-                yield from self._run_chunk([m for m in chunk if not self._is_lost(m)])
+                if self._lost is not None:
+                    chunk = [message for message in chunk if not self._lost(message)]
+                if not reachable:
+                    yield from map(_not_connected, chunk)
+                elif kind == "train" and len(chunk) > 1 and self._together:
+                    yield from self._run_together(chunk)
+                else:
+                    yield from map(self._run_one, chunk)
 
-    def _is_lost(self, message: Message) -> bool:
-        return self._lost is not None and self._lost(message)
+    @property
+    def _together(self) -> bool:
+        return isinstance(self.app, TrainsCohorts) and not self.app.runs_alone
 
-    def _run_chunk(self, chunk: list[Message]) -> Iterator[Message]:
-        app = self.app
-        together = isinstance(app, TrainsCohorts) and not app.runs_alone
-        if len(chunk) < 2 or not together or not _is_training(chunk[0]):
-            yield from map(self._run_one, chunk)
-            return
-        unreachable = {id(m): self._unreachable(m) for m in chunk}
-        present = [m for m in chunk if unreachable[id(m)] is None]
-        contexts = [self._context(m) for m in present]
+    def _shared_work(self, message: Message) -> tuple[str, int, bool]:
+        """Return what is equal for messages that start from the same arrays and train together."""
+        metadata = message.metadata
+        client = metadata.dst_node_id - FIRST_NODE
+        reachable = 0 <= client < self.num_clients and client not in self._offline
+        arrays = message.content.get("arrays")
+        return metadata.message_type, id(arrays) if arrays is not None else 0, reachable
+
+    def _run_together(self, chunk: list[Message]) -> Iterator[Message]:
+        contexts = [self._context(message) for message in chunk]
         try:
-            answers = dict(
-                zip(map(id, present), app.train_cohort(present, contexts), strict=True)
-            )
+            replies = self.app.train_cohort(chunk, contexts)  # type: ignore[attr-defined]
+            for _, reply in zip(chunk, replies, strict=True):
+                _check_message(reply)
         except Exception:
             # One at a time, so that what broke the pass fails its own client only.
             log.debug("a cohort of %d failed; running its clients alone", len(chunk), exc_info=True)
-            yield from map(self._run_one, chunk)
-            return
-        for message, context in zip(present, contexts, strict=True):
+            return map(self._run_one, chunk)
+        for message, context in zip(chunk, contexts, strict=True):
             self._keep(message, context)
-        for message in chunk:
-            yield unreachable[id(message)] or answers[id(message)]
+        return iter(replies)
 
     def _run_one(self, message: Message) -> Message:
-        error = self._unreachable(message)
-        if error is not None:
-            return error
         context = self._context(message)
         try:
             reply = self.app(_copy(message), context)
+            _check_message(reply)
         except Exception as exception:
             log.debug("client %d raised", message.metadata.dst_node_id, exc_info=True)
             reason = f"{type(exception).__name__}: {exception}"
-            return _error(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
-        if not isinstance(reply, Message):
-            reason = f"the ClientApp returned {type(reply).__name__}, not a Message"
-            return _error(message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+            return Message(error, reply_to=message)
         self._keep(message, context)
         return reply
-
-    def _unreachable(self, message: Message) -> Message | None:
-        client = message.metadata.dst_node_id - FIRST_NODE
-        if 0 <= client < self.num_clients and client not in self._offline:
-            return None
-        return _error(message, ErrorCode.NODE_UNAVAILABLE, "the node is not connected")
 
     def _context(self, message: Message) -> Context:
         node = message.metadata.dst_node_id
@@ -185,7 +194,7 @@ class LocalGrid(Grid):
             node_id=node,
             node_config={"partition-id": node - FIRST_NODE, "num-partitions": self.num_clients},
             state=_copy_content(kept) if kept is not None else RecordDict(),
-            run_config=self._run_config,
+            run_config=self._run_config.copy(),
         )
 
     def _keep(self, message: Message, context: Context) -> None:
@@ -194,28 +203,28 @@ class LocalGrid(Grid):
             self.states[client] = context.state
 
 
-def _shared_work(message: Message) -> tuple[str, int]:
-    """Messages that are equal here start from the same arrays and may train together."""
-    arrays = message.content.get("arrays")
-    return message.metadata.message_type, id(arrays) if isinstance(arrays, ArrayRecord) else 0
+def _check_message(reply: object) -> None:
+    if not isinstance(reply, Message):
+        raise TypeError(f"the ClientApp returned {type(reply).__name__}, not a Message")
 
 
-def _is_training(message: Message) -> bool:
-    return message.metadata.message_type == "train"
-
-
-def _copy_content(content: RecordDict) -> RecordDict:
-    """Copy the records, so that no app can change what another one was sent."""
-    copied = RecordDict()
-    for name, record in content.items():
-        copied[name] = record.copy()
-    return copied
+def _not_connected(message: Message) -> Message:
+    return Message(Error(ErrorCode.NODE_UNAVAILABLE, "the node is not connected"), reply_to=message)
 
 
 def _copy(message: Message) -> Message:
-    copied = Message(_copy_content(message.content), metadata=message.metadata)
+    make: Any = Message  # its signature does not show the metadata that Flower's own engines pass
+    copied: Message = make(_copy_content(message.content), metadata=copy(message.metadata))
     return copied
 
 
-def _error(message: Message, code: int, reason: str) -> Message:
-    return Message(Error(code=code, reason=reason), reply_to=message)
+def _copy_content(content: RecordDict) -> RecordDict:
+    """Copy records and arrays, so that no app can change what another one was sent."""
+    copied = RecordDict()
+    for name, record in content.items():
+        own = record.copy()
+        if isinstance(own, ArrayRecord):
+            for key, array in own.items():
+                own[key] = copy(array)
+        copied[name] = own
+    return copied

@@ -1,0 +1,191 @@
+"""The composition root: from an experiment's parts to a federation that can run.
+
+What fedsys, strategies and clients keep apart is put together here and nowhere else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord
+from torch import nn
+
+from clients import Site
+from fedsys import messages
+from fedsys.adapters import LoRASB
+from fedsys.adapters.lora_sb import (
+    layer_shapes,
+    shared_factors,
+    summed_gradients,
+)
+from fedsys.adapters.lowrank import low_rank_layers
+from fedsys.cohort import CohortModel
+from fedsys.config import Experiment
+from fedsys.data import Dataset, Shards
+from fedsys.errors import ConfigError, DataError
+from fedsys.evaluate import evaluate
+from fedsys.models import choose_attention
+from fedsys.params import Params
+from fedsys.snapshot import Snapshot
+from fedsys.strategy import Strategy
+from strategies import FedSB
+
+POSITIONS = 4096  # positions of work in one pass that keep a core busy: rows times tokens
+LARGEST_CHUNK = 100  # clients
+LARGEST_MATRIX = 64_000_000  # numbers in the cohort's copies of the trainable tensors
+
+
+@dataclass
+class Federation:
+    """Data, model, strategy and settings of one experiment, put together."""
+
+    experiment: Experiment
+    dataset: Dataset
+    shards: Shards
+    model: CohortModel
+    strategy: Strategy
+    site: Site
+    device: torch.device
+
+    @property
+    def initial(self) -> ArrayRecord:
+        """The arrays before round 1."""
+        return messages.encode_flat(self.model.initial)
+
+    def first_snapshot(self) -> Snapshot:
+        """Return round 0, whose structure every checkpoint of the run has."""
+        params = self.model.layout.unpack(self.model.initial)
+        return Snapshot(
+            round=0,
+            params=params,
+            state=self.strategy.init(params, len(self.shards)),
+            participation=self.experiment.participation.init(len(self.shards)),
+        )
+
+    def evaluate(self, arrays: ArrayRecord) -> dict[str, float]:
+        """Return loss and accuracy of x_t on the held-out rows."""
+        held_out = self.dataset.evaluation
+        rows = torch.arange(len(held_out))
+        batch = self.experiment.evaluate.batch_size
+        start = self.site.start(arrays)
+        return evaluate(self.model, start, held_out, rows, batch, self.device)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``summary.json`` says of the experiment."""
+        return {
+            "seed": self.experiment.seed,
+            "strategy": type(self.experiment.strategy).__name__,
+            "num_clients": len(self.shards),
+            "trainable_parameters": self.model.layout.size,
+        }
+
+
+def assemble(experiment: Experiment, phase: Callable[[str], None] = lambda _: None) -> Federation:
+    """Load the data and the model and attach the adapter; ``phase`` is told what goes on.
+
+    Raises ``DataError`` for malformed data and ``ConfigError`` for settings that only the loaded
+    data and model can refute.
+    """
+    try:
+        return _assemble(experiment, phase)
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def _assemble(experiment: Experiment, phase: Callable[[str], None]) -> Federation:
+    if experiment.engine.threads:
+        torch.set_num_threads(experiment.engine.threads)
+    device = _device(experiment.device)
+    phase("loading data")
+    tokenizer = experiment.model.tokenizer()
+    dataset = experiment.data.load(tokenizer, experiment.seed, experiment.partition.keep)
+    shards = experiment.partition.split(dataset, experiment.num_clients, experiment.seed)
+    phase("loading the model")
+    model = CohortModel(build_model(experiment, dataset, device)).to(device)
+    strategy = _strategy(experiment, model, dataset, device)
+    site = Site(
+        model=model,
+        examples=dataset.train,
+        shards=shards,
+        training=experiment.client,
+        local_gradient=strategy.local_gradient,
+        rounds=experiment.rounds,
+        seed=experiment.seed,
+        device=device,
+        evaluate_batch=experiment.evaluate.batch_size,
+        init_examples=getattr(experiment.adapter, "init_examples", None),
+    )
+    return Federation(experiment, dataset, shards, model, strategy, site, device)
+
+
+def build_model(experiment: Experiment, dataset: Dataset, device: torch.device) -> nn.Module:
+    """Return the plain model with the adapter attached and the frozen base in its dtype."""
+    model: nn.Module = experiment.model.build(dataset, experiment.seed)
+    experiment.adapter.attach(model, experiment.seed)
+    dtype = getattr(torch, experiment.dtype)
+    factors = {id(p) for _, layer in low_rank_layers(model) for p in (layer.A.weight, layer.B.weight)}
+    for tensor in (*model.parameters(), *model.buffers()):
+        frozen = not tensor.requires_grad and id(tensor) not in factors
+        if frozen and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    choose_attention(model, dtype, device)
+    return model
+
+
+def chunk_size(federation: Federation) -> int:
+    """Return how many clients train in one pass: ``engine.chunk``, or by the size of the work."""
+    chosen = federation.experiment.engine.chunk
+    if chosen is not None:
+        return int(chosen)
+    rows = federation.site.training.batch_size * federation.dataset.train.positions
+    by_memory = LARGEST_MATRIX // max(federation.model.layout.size, 1)
+    return max(1, min(POSITIONS // rows, by_memory, LARGEST_CHUNK))
+
+
+def _strategy(
+    experiment: Experiment, model: CohortModel, dataset: Dataset, device: torch.device
+) -> Strategy:
+    settings: dict[str, Any] = {
+        "participation": experiment.participation,
+        "seed": experiment.seed,
+        "fraction_evaluate": 1.0 if experiment.evaluate.clients else 0.0,
+        "on_client_error": experiment.on_client_error,
+        "layout": model.layout,
+    }
+    adapter = experiment.adapter
+    if isinstance(experiment.strategy, FedSB) and isinstance(adapter, LoRASB):
+        settings |= {"adapter": adapter, "layers": layer_shapes(model.model)}
+        if adapter.init == "seeded_random":
+            settings["seeded_factors"] = shared_factors(model.model)
+        elif adapter.init == "public":
+            settings["public_gradients"] = partial(
+                _public_gradients, model, dataset, adapter.init_examples, device
+            )
+    return replace(experiment.strategy, **settings)
+
+
+def _public_gradients(
+    model: CohortModel, dataset: Dataset, limit: int | None, device: torch.device
+) -> Params:
+    public = dataset.public
+    if public is None:
+        raise ConfigError(["adapter.init=public: needs data.public_fraction above 0"])
+    model.bind(model.layout.unpack(model.initial[None].to(device)))
+    rows = torch.arange(len(public))[:limit]
+    batches = (
+        {name: value.to(device) for name, value in public.batch(part).items()}
+        for part in rows.split(32)
+    )
+    return summed_gradients(model, batches)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+

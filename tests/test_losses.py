@@ -1,0 +1,95 @@
+"""Losses by row and by client, against torch's own on the targets alone."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedsys.losses import IGNORE, client_losses, row_hits, row_losses
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_classes():
+    logits, labels = drawn(3, 4), torch.tensor([2, IGNORE, 0])
+    sums, counts = row_losses(logits, labels)
+    assert counts.tolist() == [1, 0, 1]
+    assert sums[0].item() == pytest.approx(-logits[0].log_softmax(0)[2].item())
+    assert sums[1].item() == 0
+    best = logits.argmax(1)
+    assert row_hits(logits, best).tolist() == [1, 1, 1]
+    assert row_hits(logits, (best + 1) % 4).tolist() == [0, 0, 0]
+    assert row_hits(logits, torch.where(torch.arange(3) == 1, IGNORE, best)).tolist() == [1, 0, 1]
+
+
+def test_a_token_is_predicted_by_the_position_before_it():
+    # Position t puts all its weight on token t + 1; those of the last position count for nothing.
+    tokens = torch.tensor([[1, 4, 2], [3, 3, 0]])
+    logits = F.one_hot(tokens.roll(-1, 1), 5) * 100.0
+    sums, counts = row_losses(logits, tokens)
+    assert counts.tolist() == [2, 2]
+    assert sums.abs().max() < 1e-20
+    assert row_hits(logits, tokens).tolist() == [2, 2]
+    unshifted = F.one_hot(tokens, 5) * 100.0
+    assert row_hits(unshifted, tokens).tolist() == [0, 1]
+
+
+def test_even_logits_cost_the_logarithm_of_the_classes():
+    sums, counts = row_losses(torch.zeros(2, 6, 8), torch.full((2, 6), 3))
+    assert counts.tolist() == [5, 5]
+    torch.testing.assert_close(sums, torch.full((2,), 5 * math.log(8)))
+
+
+def test_silent_tokens_have_no_weight():
+    logits, labels = drawn(2, 5, 7), torch.tensor([[1, 2, 3, 4, 5], [6, 0, 1, 2, 3]])
+    silent = labels.clone()
+    silent[0, :3] = IGNORE  # a prompt, of which position 2 still predicts the first answer
+    silent[1, 3:] = IGNORE  # padding
+    sums, counts = row_losses(logits, silent)
+    assert counts.tolist() == [2, 2]
+    for row, (first, last) in enumerate([(2, 4), (0, 2)]):
+        expected = F.cross_entropy(
+            logits[row, first:last], labels[row, first + 1 : last + 1], reduction="sum"
+        )
+        assert sums[row].item() == pytest.approx(expected.item())
+
+
+def test_rows_of_one_token_and_no_rows():
+    for rows in (0, 3):
+        sums, counts = row_losses(drawn(rows, 1, 5), torch.zeros(rows, 1, dtype=torch.int64))
+        assert sums.tolist() == counts.tolist() == [0] * rows
+        labels = torch.zeros(rows, dtype=torch.int64)
+        assert row_losses(drawn(rows, 5), labels)[1].tolist() == [1] * rows
+
+
+def test_half_precision_is_reduced_in_float32():
+    logits = drawn(4, 9).bfloat16()
+    sums, _ = row_losses(logits, torch.arange(4))
+    expected = F.cross_entropy(logits.float(), torch.arange(4), reduction="none")
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums, expected)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 5, 4)])
+def test_each_client_has_the_mean_over_its_own_targets(shape: tuple[int, ...]):
+    logits = drawn(*shape).requires_grad_()
+    labels = torch.arange(math.prod(shape[:-1])).view(shape[:-1]) % 4
+    labels[[1, 4]] = IGNORE
+    labels[5] = IGNORE
+    losses = client_losses(logits, labels, 3)
+    assert losses.shape == (3,)
+    for client in range(3):
+        part, own = logits[2 * client : 2 * client + 2], labels[2 * client : 2 * client + 2]
+        if len(shape) == 3:
+            part, own = part[:, :-1].flatten(0, 1), own[:, 1:].flatten()
+        if client < 2:
+            expected = F.cross_entropy(part, own, ignore_index=IGNORE)
+            torch.testing.assert_close(losses[client], expected)
+    assert losses[2].item() == 0
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    assert gradient[4:].eq(0).all()
+    assert gradient.isfinite().all()

@@ -1,0 +1,125 @@
+"""An app written for Flower runs with our strategies, and with Flower's, over LocalGrid."""
+
+import importlib
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.serverapp import strategy as flower
+from stock_app import client_app, server_app
+from stock_app.task import fresh_state
+from stock_app.toy import close, final, one_thread
+
+import strategies
+from fedsys.engines.local import LocalGrid
+
+OURS = list(strategies.__all__)
+# Adam's first steps are about server_lr in every coordinate, so it must suit the model.
+LEARNING_RATE = {"FedAdam": 0.03, "FedYogi": 0.03, "FedAdagrad": 0.1}
+
+
+def ours(name, **settings):
+    if name in LEARNING_RATE:
+        settings["server_lr"] = LEARNING_RATE[name]
+    return getattr(strategies, name)(**settings)
+
+
+def run(make_strategy, rounds=3, clients=4):
+    server = importlib.reload(server_app)
+    server.make_strategy = make_strategy
+    run_config = {"num-server-rounds": rounds, "local-epochs": 1}
+    grid = LocalGrid(client_app.app, clients, run_config=run_config)
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=run_config
+    )
+    with one_thread():
+        server.app(grid, context)
+    return server.results[0]
+
+
+@pytest.fixture(scope="module")
+def flowers_fedavg():
+    return run(flower.FedAvg)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_one_line_swaps_the_strategy(name):
+    rounds = 6 if name in LEARNING_RATE else 3
+    result = run(lambda: ours(name), rounds)
+    accuracy = [result.evaluate_metrics_clientapp[t]["eval_accuracy"] for t in range(1, rounds + 1)]
+    assert accuracy[-1] > 0.5, f"clients evaluate near chance: {accuracy}"
+    losses = [result.train_metrics_clientapp[t]["train_loss"] for t in range(1, rounds + 1)]
+    assert losses[-1] < losses[0]
+    assert isinstance(result.arrays, ArrayRecord)
+    start = fresh_state()
+    for name, tensor in final(result).items():
+        assert tensor.dtype == start[name].dtype
+        assert tensor.shape == start[name].shape
+
+
+def test_flowers_own_fedavg_runs_over_local_grid(flowers_fedavg):
+    assert flowers_fedavg.evaluate_metrics_clientapp[3]["eval_accuracy"] > 0.5
+
+
+def test_fedavg_equals_flowers(flowers_fedavg):
+    result = run(strategies.FedAvg)
+    theirs = final(flowers_fedavg)
+    # Flower turns the int64 counter into float64; we keep what the model holds.
+    assert theirs["norm.num_batches_tracked"].dtype == torch.float64
+    assert close(final(result), theirs, 1e-4)
+    for t in range(1, 4):
+        mine = result.train_metrics_clientapp[t]["train_loss"]
+        assert mine == pytest.approx(flowers_fedavg.train_metrics_clientapp[t]["train_loss"], 1e-4)
+
+
+def test_integer_buffers_count_as_they_do_in_one_process():
+    result = run(strategies.FedAvg, rounds=2, clients=3)
+    counter = final(result)["norm.num_batches_tracked"]
+    batches = -(-(9 * (1797 // 3) // 10) // 32)
+    assert counter.dtype == torch.int64
+    assert counter.item() == 2 * batches
+
+
+def test_fedprox_tells_clients_its_mu():
+    result = run(lambda: strategies.FedProx(mu=0.25), rounds=1)
+    assert result.train_metrics_clientapp[1]["proximal-mu"] == pytest.approx(0.25)
+    plain = run(strategies.FedAvg, rounds=1)
+    assert plain.train_metrics_clientapp[1]["proximal-mu"] == -1.0
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_flowers_loop_drives_our_strategies(name):
+    """Flower's ``Strategy.start`` instead of ours, with the same result."""
+    strategy = ours(name)
+    strategy.start = flower.Strategy.start.__get__(strategy)
+    theirs = run(lambda: strategy, rounds=2)
+    assert close(final(theirs), final(run(lambda: ours(name), rounds=2)), 0.0)
+
+
+def test_flowers_dp_wrapper_without_noise_and_clipping_changes_nothing():
+    def wrapped():
+        return flower.DifferentialPrivacyServerSideFixedClipping(
+            strategies.FedAvg(), noise_multiplier=0.0, clipping_norm=1e9, num_sampled_clients=4
+        )
+
+    # Flower's clipping cannot handle int64 buffers, so only its effect on floats is compared.
+    theirs, mine = final(run(wrapped, rounds=3)), final(run(strategies.FedAvg, rounds=3))
+    for name in ("fc1.weight", "fc2.bias", "norm.running_mean"):
+        assert torch.allclose(theirs[name].float(), mine[name], atol=1e-4)
+
+
+def test_a_wrapper_that_changes_the_model_is_followed():
+    """Noise that a wrapper adds to x_t is in the x_t that clients train from."""
+
+    class Shift(strategies.FedAvg):
+        def aggregate_train(self, server_round, replies):
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            state = {n: v.double() + 1 for n, v in arrays.to_torch_state_dict().items()}
+            return ArrayRecord(state), metrics  # in another dtype, as noise from NumPy is
+
+    strategy = Shift()
+    strategy.start = flower.Strategy.start.__get__(strategy)
+    result = run(lambda: strategy, rounds=3)
+    batches = -(-(9 * 450 // 10) // 32)
+    assert final(result)["norm.num_batches_tracked"].item() == 3 * (batches + 1)
+    assert result.train_metrics_clientapp.keys() == {1, 2, 3}

@@ -1,0 +1,147 @@
+"""Batches, step sizes and checks of local training."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from clients.training import LocalTraining
+
+ROWS = torch.arange(100, 120)
+
+
+def epochs_of(training: LocalTraining, rows: torch.Tensor = ROWS, **name: int) -> torch.Tensor:
+    return training.batches(rows, **({"seed": 0, "round": 1, "client": 2} | name))
+
+
+@settings(deadline=None)
+@given(
+    count=st.integers(1, 40), size=st.integers(1, 17), epochs=st.integers(1, 3), seed=st.integers(0)
+)
+def test_an_epoch_holds_every_row_once(count: int, size: int, epochs: int, seed: int):
+    training = LocalTraining(lr=1, batch_size=size, epochs=epochs)
+    rows = torch.arange(7, 7 + count)
+    batches = epochs_of(training, rows, seed=seed)
+    each = math.ceil(count / size)
+    assert batches.shape == (epochs * each, size)
+    assert training.num_steps(count) == len(batches)
+    for epoch in batches.split(each):
+        kept = epoch[epoch >= 0]
+        assert kept.sort().values.equal(rows)
+        # Only the end of the last batch is empty.
+        assert epoch.flatten()[:count].equal(kept)
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 30), size=st.integers(1, 10), steps=st.integers(1, 25))
+def test_steps_go_on_with_the_next_epoch(count: int, size: int, steps: int):
+    rows = torch.arange(count)
+    by_steps = epochs_of(LocalTraining(lr=1, batch_size=size, steps=steps, epochs=9), rows)
+    by_epochs = epochs_of(LocalTraining(lr=1, batch_size=size, epochs=25), rows)
+    assert by_steps.equal(by_epochs[:steps])
+    assert len(by_steps) == steps
+
+
+def test_batches_depend_on_seed_round_and_client_only():
+    training = LocalTraining(lr=1, batch_size=8)
+    first = epochs_of(training)
+    torch.rand(3)
+    assert epochs_of(training).equal(first)
+    for name in ("seed", "round", "client"):
+        assert not epochs_of(training, **{name: 5}).equal(first)
+    twice = epochs_of(LocalTraining(lr=1, batch_size=8, epochs=2))
+    assert twice[:3].equal(first)
+    assert not twice[3:].equal(first)
+
+
+# ---- step sizes
+
+
+def test_linear_falls_evenly_to_the_last_step():
+    training = LocalTraining(lr=1, schedule="linear")
+    factors = [training.step_factors(t, torch.tensor([4, 2])).tolist() for t in range(2)]
+    assert factors == [[1.0, 1.0], [0.75, 0.5]]
+
+
+def test_cosine_passes_its_middle_halfway():
+    training = LocalTraining(lr=1, schedule="cosine")
+    found = torch.stack([training.step_factors(t, torch.tensor([4])) for t in range(4)]).flatten()
+    expected = [(1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
+    assert found.tolist() == pytest.approx(expected)
+    assert found[2].item() == pytest.approx(0.5)
+
+
+def test_warmup_rises_evenly_and_meets_the_curve():
+    training = LocalTraining(lr=1, schedule="linear", warmup=0.3)
+    found = [training.step_factors(t, torch.tensor([10])).item() for t in range(10)]
+    assert found == pytest.approx([1 / 4, 2 / 4, 3 / 4, *[1 - t / 7 for t in range(7)]])
+
+
+def test_constant_lr_needs_no_factors():
+    training = LocalTraining(lr=1)
+    assert not training.varies_in_round
+    assert training.step_factors(3, torch.tensor([4, 7])).tolist() == [1.0, 1.0]
+    assert LocalTraining(lr=1, warmup=0.1).varies_in_round
+    assert LocalTraining(lr=1, schedule="cosine").varies_in_round
+    assert not LocalTraining(lr=1, round_schedule="cosine").varies_in_round
+
+
+def test_lr_over_the_rounds():
+    def lrs(**words: object) -> list[float]:
+        training = LocalTraining(lr=0.4, **words)
+        return [training.round_lr(round, 4) for round in (1, 2, 3, 4)]
+
+    assert lrs() == [0.4] * 4
+    assert lrs(round_schedule="linear") == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    cosine = [0.2 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
+    assert lrs(round_schedule="cosine") == pytest.approx(cosine)
+    assert lrs(round_decay=0.5) == pytest.approx([0.4, 0.2, 0.1, 0.05])
+    both = lrs(round_schedule="linear", round_decay=0.5)
+    assert both == pytest.approx([0.4, 0.15, 0.05, 0.0125])
+
+
+# ---- optimizers
+
+
+def test_optimizers_get_the_hyperparameters():
+    words = {"beta1": 0.7, "beta2": 0.8, "eps": 1e-3, "weight_decay": 0.2}
+    param = nn.Parameter(torch.zeros(2))
+    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        made = LocalTraining(lr=9, optimizer=name, **words).make_optimizer(param, 0.5)
+        (group,) = made.param_groups
+        assert type(made) is kind
+        assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.7, 0.8), 1e-3)
+        assert group["weight_decay"] == 0.2
+    sgd = LocalTraining(lr=9, momentum=0.6, nesterov=True, weight_decay=0.2)
+    (group,) = sgd.make_optimizer(param, 0.5).param_groups
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.5, 0.6, True)
+    assert group["weight_decay"] == 0.2
+    assert group["dampening"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"lr": 0}, "lr must be positive, got 0"),
+        ({"eps": 0}, "eps must be positive"),
+        ({"round_decay": -1}, "round_decay must be positive"),
+        ({"momentum": 1}, r"momentum must be in \[0, 1\), got 1"),
+        ({"beta1": -0.1}, "beta1 must be in"),
+        ({"beta2": 1.0}, "beta2 must be in"),
+        ({"warmup": 1.0}, "warmup must be in"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"weight_decay": -1}, "weight_decay must not be negative"),
+        ({"nesterov": True}, "nesterov needs a momentum above 0"),
+        ({"optimizer": "lion"}, "optimizer is one of sgd, adam, adamw, got 'lion'"),
+        ({"schedule": "step"}, "schedule is one of constant, linear, cosine, got 'step'"),
+        ({"round_schedule": "x"}, "round_schedule is one of"),
+    ],
+)
+def test_values_out_of_range_are_refused(words: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        LocalTraining(**({"lr": 0.1} | words))
