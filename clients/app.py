@@ -20,7 +20,7 @@ from fedsys.data.examples import Examples
 from fedsys.data.shards import Shards
 from fedsys.evaluate import evaluate
 from fedsys.messages import arrays_of, config_of
-from fedsys.params import Layout, digest
+from fedsys.params import Layout, Params, digest
 
 
 @dataclass

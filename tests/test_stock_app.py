@@ -6,9 +6,9 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.serverapp import strategy as flower
-from stock_app import client_app, server_app
-from stock_app.task import fresh_state
-from stock_app.toy import close, final, one_thread
+from tests.stock_app import client_app, server_app
+from tests.stock_app.task import fresh_state
+from tests.stock_app.toy import close, final, one_thread
 
 import strategies
 from fedsys.engines.local import LocalGrid
