@@ -1,9 +1,9 @@
 """fedsys: fine-tune one model across many clients that never share their data.
 
-    import fedsys
+import fedsys
 
-    result = fedsys.run(["strategy=fed_sb", "num_clients=100"])
-    result.summary["final"]["eval_accuracy"]
+result = fedsys.run(["strategy=fed_sb", "num_clients=100"])
+result.summary["final"]["eval_accuracy"]
 """
 
 from importlib import import_module

@@ -49,7 +49,13 @@ def _adapters(experiment: "Experiment") -> list[str]:
         if _is(experiment.strategy, strategy) and _adapter(adapter) not in (needed, None):
             pair = f"{_said(experiment, 'strategy')} with {_said(experiment, 'adapter')}"
             reasons.append(f"{pair}: {why}; it needs adapter={wanted}")
-    if getattr(adapter, "init", None) == "public" and not _public(experiment.data):
+    first = getattr(adapter, "init", "seeded_random")
+    if first != "seeded_random" and experiment.strategy and not _is(experiment.strategy, "FedSB"):
+        reasons.append(
+            f"{_said(experiment, 'strategy')} with adapter.init={first}: only strategy=fed_sb runs"
+            " the phase that takes B and A from the first gradient; set adapter.init=seeded_random"
+        )
+    if first == "public" and not _public(experiment.data):
         reasons.append(
             "adapter.init=public needs data.public_fraction above 0: the first step is estimated"
             " from rows that no client owns"

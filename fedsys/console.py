@@ -62,6 +62,25 @@ class Observer(Protocol):
         ...
 
 
+class Silent:
+    """The observer of a run that nobody watches."""
+
+    def started(self, experiment: "Experiment") -> None:
+        """Show nothing."""
+
+    def phase(self, text: str) -> None:
+        """Show nothing."""
+
+    def round(self, record: Record, total: int) -> None:
+        """Show nothing."""
+
+    def failure(self, client: int, reason: str) -> None:
+        """Show nothing."""
+
+    def finished(self, result: Outcome) -> None:
+        """Show nothing."""
+
+
 class Terminal(logging.Handler):
     """An observer, a handler of log records and a context manager: what people see of a run."""
 

@@ -1,25 +1,25 @@
 """A run from beginning to end: assemble, train, write the result; and how to go on with one."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from clients import CohortApp
 from fedsys.checkpoint import Checkpoints, ClientStates
 from fedsys.config import Experiment, build, configure
-from fedsys.console import Observer
+from fedsys.console import Observer, Silent
 from fedsys.data import plot_partition, write_manifest
 from fedsys.engines.local import LocalGrid
 from fedsys.errors import ConfigError, RunError
-from fedsys.export import check_export, write_adapter, write_merged
+from fedsys.exports import check_export, write_adapter, write_merged
 from fedsys.federation import Federation, assemble, chunk_size
 from fedsys.params import Params
 from fedsys.records import RoundRecord
@@ -37,25 +37,6 @@ class RunResult:
     metrics: list[Metrics]  # metrics.jsonl
     params: Params  # the global model's trainable tensors
     experiment: Experiment
-
-
-class Silent:
-    """The observer of a run that nobody watches."""
-
-    def started(self, experiment: Experiment) -> None:
-        pass
-
-    def phase(self, text: str) -> None:
-        pass
-
-    def round(self, record: Mapping[str, Any], total: int) -> None:
-        pass
-
-    def failure(self, client: int, reason: str) -> None:
-        pass
-
-    def finished(self, result: RunResult) -> None:
-        pass
 
 
 def run(overrides: Sequence[str] = (), observer: Observer | None = None) -> RunResult:
@@ -78,7 +59,7 @@ def saved_experiment(folder: Path) -> Experiment:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError([f"{folder}: is no run folder, it has no config.yaml"])
-    experiment = build(OmegaConf.create(OmegaConf.load(path)))
+    experiment = build(cast(DictConfig, OmegaConf.load(path)))
     overrides = folder / "overrides.yaml"
     typed = OmegaConf.to_container(OmegaConf.load(overrides)) if overrides.is_file() else []
     return replace(experiment, out=folder, overrides=[str(text) for text in typed or []])
@@ -86,12 +67,12 @@ def saved_experiment(folder: Path) -> Experiment:
 
 def run_experiment(experiment: Experiment, observer: Observer | None = None) -> RunResult:
     """Run ``experiment`` in this process, or go on with it where its folder has a checkpoint."""
-    observer = observer or Silent()
-    observer.started(experiment)
-    federation = assemble(experiment, observer.phase)
+    told: Observer = observer or Silent()
+    told.started(experiment)
+    federation = assemble(experiment, told.phase)
     clients, chunk = len(federation.shards), chunk_size(federation)
     grid = LocalGrid(CohortApp(lambda _: federation.site), clients, chunk=chunk)
-    return run_federation(federation, grid, grid.states, observer)
+    return run_federation(federation, grid, grid.states, told)
 
 
 def run_federation(
@@ -156,7 +137,8 @@ def _evaluate(
         return None
     metrics = federation.evaluate(arrays)
     if round == 0:
-        folder.write(RoundRecord(round=0, **metrics))
+        loss, accuracy = metrics["eval_loss"], metrics["eval_accuracy"]
+        folder.write(RoundRecord(round=0, eval_loss=loss, eval_accuracy=accuracy))
     return MetricRecord({**metrics})
 
 

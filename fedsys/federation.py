@@ -127,7 +127,8 @@ def build_model(experiment: Experiment, dataset: Dataset, device: torch.device) 
     model: nn.Module = experiment.model.build(dataset, experiment.seed)
     experiment.adapter.attach(model, experiment.seed)
     dtype = getattr(torch, experiment.dtype)
-    factors = {id(p) for _, layer in low_rank_layers(model) for p in (layer.A.weight, layer.B.weight)}
+    layers = [layer for _, layer in low_rank_layers(model)]
+    factors = {id(layer.A.weight) for layer in layers} | {id(layer.B.weight) for layer in layers}
     for tensor in (*model.parameters(), *model.buffers()):
         frozen = not tensor.requires_grad and id(tensor) not in factors
         if frozen and tensor.is_floating_point():
@@ -187,5 +188,3 @@ def _device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-

@@ -1,10 +1,10 @@
 """The files of a run, written as it goes.
 
-    config.yaml overrides.yaml env.json     what was asked, and where it ran
-    partition.json partition.png            who holds what
-    metrics.jsonl                           a line a round; round 0 is the model before training
-    checkpoints/                            see fedsys.checkpoint
-    summary.json adapter/                   at the end
+config.yaml overrides.yaml env.json     what was asked, and where it ran
+partition.json partition.png            who holds what
+metrics.jsonl                           a line a round; round 0 is the model before training
+checkpoints/                            see fedsys.checkpoint
+summary.json adapter/                   at the end
 """
 
 import fcntl
@@ -242,5 +242,3 @@ def _best(lines: list[Metrics]) -> Metrics:
         return {"round": None, "eval_accuracy": None}
     best = max(measured, key=lambda line: line["eval_accuracy"])
     return {"round": best["round"], "eval_accuracy": best["eval_accuracy"]}
-
-

@@ -11,7 +11,8 @@ from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
 from fedsys.config import Experiment, build, configure
-from fedsys.experiment import Silent, run_federation
+from fedsys.console import Silent
+from fedsys.experiment import run_federation
 from fedsys.federation import assemble
 
 app = ServerApp()

@@ -41,8 +41,9 @@ class _FedOpt(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.beta1 < 1:
-            raise ValueError(f"beta1 must be in [0, 1), got {self.beta1}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name, 0.0) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.tau <= 0:
             raise ValueError(f"tau must be positive, got {self.tau}")
 

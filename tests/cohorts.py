@@ -16,7 +16,9 @@ from fedsys.data import Dataset, TensorExamples, TokenExamples
 from fedsys.data.examples import Batch, Examples
 from fedsys.models import CNN, MLP, ViT
 from fedsys.models.huggingface import Logits
-from fedsys.params import Params
+from fedsys.params import Params, subtract
+from fedsys.strategy import Strategy
+from fedsys.update import Update
 
 CPU = torch.device("cpu")
 SIZES = (1, 7, 20, 33)  # rows of the clients: of 2, 2, 6 and 10 steps in two epochs of batches of 8
@@ -213,3 +215,39 @@ def distance(found: Params, expected: Params, start: Params) -> float:
 
 def trainable(model: nn.Module) -> Params:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass
+class Federation:
+    """Rounds of a strategy without messages: every client takes part in each."""
+
+    strategy: Strategy
+    model: nn.Module
+    examples: Examples
+    training: LocalTraining
+    shards: list[Tensor]  # rows of each client
+
+    def run(self, rounds: int = 1) -> list[Params]:
+        """Return the global params after each round."""
+        params, history = trainable(self.model), []
+        state = self.strategy.init(params, len(self.shards))
+        for number in range(1, rounds + 1):
+            direction, state = self.strategy.combine(iter(self.updates(params, number)), state)
+            params, state = self.strategy.step(params, direction, state)
+            history.append(params)
+        return history
+
+    def updates(self, params: Params, number: int = 1) -> list[Update]:
+        """Return what the clients that start from ``params`` send in a round."""
+        cohort = CohortModel(copy.deepcopy(self.model))
+        task = Task(cohort, self.examples, self.training, self.strategy.local_gradient, CPU)
+        batches = [
+            self.training.batches(rows, 0, number, client)
+            for client, rows in enumerate(self.shards)
+        ]
+        start = cohort.layout.pack(params)
+        trained, _ = train_cohort(task, start, batches, self.training.lr)
+        return [
+            Update(client, subtract(cohort.layout.unpack(row), params), len(rows))
+            for client, (row, rows) in enumerate(zip(trained, self.shards, strict=True))
+        ]

@@ -17,7 +17,7 @@ from fedsys.adapters import FFA, Full, LoRA, LoRASB, LoRAXS
 from fedsys.cohort import CohortModel
 from fedsys.data import Dataset, Digits
 from fedsys.errors import RunError
-from fedsys.export import check_export, read_export, write_adapter, write_merged
+from fedsys.exports import check_export, read_export, write_adapter, write_merged
 from fedsys.models import MLP, HFCausal, HFClassifier, hub
 from fedsys.params import Params
 
@@ -514,7 +514,7 @@ def test_a_failing_write_leaves_what_was_there(mlp: Any, tmp_path: Path, monkeyp
 
     def attempt() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("fedsys.export.writing.readme", full_disk)
+            patch.setattr("fedsys.exports.writing.readme", full_disk)
             patch.setattr("json.dumps", lambda *_, **__: full_disk())
             with pytest.raises(RunError, match="out cannot be written: No space left"):
                 write_adapter(trained.model, trained.params, out, None)

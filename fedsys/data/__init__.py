@@ -16,6 +16,7 @@ from fedsys.data.partition import (
 )
 from fedsys.data.picture import plot_partition
 from fedsys.data.shards import Shards
+from fedsys.data.synthetic import RandomTokens
 from fedsys.data.text import Text
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Images",
     "Natural",
     "Partition",
+    "RandomTokens",
     "Shards",
     "TensorExamples",
     "Text",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fedsys.adapters.lowrank import LowRank, is_transposed, weight_of
 from fedsys.data.examples import Batch
 from fedsys.errors import RunError
-from fedsys.export.layout import ADAPTER, ADAPTER_CONFIG, HEAD, PEFT_PREFIX, WHOLE, prefix_of
-from fedsys.export.staging import MARK
+from fedsys.exports.layout import ADAPTER, ADAPTER_CONFIG, HEAD, PEFT_PREFIX, WHOLE, prefix_of
+from fedsys.exports.staging import MARK
 from fedsys.models import hub
 from fedsys.models.huggingface import Logits
 from fedsys.params import Params

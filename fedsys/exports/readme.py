@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fedsys.export.layout import ADAPTER, CAUSAL, CLASSIFIER, ENCODER, HEAD, WHOLE, task
+from fedsys.exports.layout import ADAPTER, CAUSAL, CLASSIFIER, ENCODER, HEAD, WHOLE, task
 from fedsys.models.huggingface import Logits, MeanPooled
 
 _AUTO = {
@@ -28,7 +28,7 @@ def readme(model: nn.Module, base_name: str | None, *, adapter: bool) -> str:
     if not isinstance(model, Logits):
         what = ADAPTER if adapter else WHOLE
         return "\n".join(
-            [*lines, f"`fedsys.export.read_export(model, folder)` reads `{what}`.", ""]
+            [*lines, f"`fedsys.exports.read_export(model, folder)` reads `{what}`.", ""]
         )
     auto = _AUTO[task(model) or ENCODER]
     config = model.backbone.config

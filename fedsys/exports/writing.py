@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedsys.adapters.lowrank import low_rank_layers
-from fedsys.export.layout import (
+from fedsys.exports.layout import (
     ADAPTER,
     ADAPTER_CONFIG,
     HEAD,
@@ -43,8 +43,8 @@ from fedsys.export.layout import (
     trained_values,
     within,
 )
-from fedsys.export.readme import readme
-from fedsys.export.staging import staged
+from fedsys.exports.readme import readme
+from fedsys.exports.staging import staged
 from fedsys.models import hub
 from fedsys.models.huggingface import Logits
 from fedsys.params import Params

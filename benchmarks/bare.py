@@ -1,0 +1,113 @@
+"""The plain loop: one model, one client after the other, averaged in place.
+
+It is given every advantage: no messages, a plan of the batches drawn before the clock starts, one
+optimizer for all clients, and no attention mask, for no row is padded.
+"""
+
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.pace import Pace
+from fedsys.adapters.lowrank import LowRank, low_rank_layers
+from fedsys.config import Experiment
+from fedsys.data import Dataset
+from fedsys.federation import build_model
+from fedsys.params import Params
+from fedsys.seeds import numpy_generator
+
+
+class Adapted(nn.Module):
+    """A linear layer with LoRA-SB: W x + b + B R A x, of which R is trained."""
+
+    def __init__(self, layer: LowRank) -> None:
+        """Take over the tensors of ``layer``."""
+        super().__init__()
+        self.base, self.R = layer.base, layer.R
+        self.register_buffer("down", layer.A.weight.detach())
+        self.register_buffer("up", layer.B.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the adapted output."""
+        y: Tensor = self.base(x)
+        return y + F.linear(self.R(F.linear(x, self.down)), self.up)
+
+
+class Encoder(nn.Module):
+    """A transformer with a linear classifier on the mean of its hidden states."""
+
+    def __init__(self, backbone: nn.Module, classifier: nn.Module) -> None:
+        """Put both together."""
+        super().__init__()
+        self.backbone, self.classifier = backbone, classifier
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the logits of rows without padding."""
+        logits: Tensor = self.classifier(self.backbone(input_ids=ids).last_hidden_state.mean(1))
+        return logits
+
+
+def encoder(model: nn.Module) -> nn.Module:
+    """Return the plain form of an adapted encoder."""
+    for name, layer in list(low_rank_layers(model)):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Adapted(layer))
+    return Encoder(model.get_submodule("backbone"), model.get_submodule("classifier"))
+
+
+def perceptron(model: nn.Module) -> nn.Module:
+    """Return the plain form of a perceptron with one hidden layer."""
+    plain = nn.Sequential()
+    plain.add_module("fc1", model.get_submodule("fc1"))
+    plain.add_module("relu", nn.ReLU())
+    plain.add_module("head", model.get_submodule("head"))
+    return plain
+
+
+def run(experiment: Experiment, pace: Pace) -> None:
+    """Train until ``pace`` has had enough."""
+    tokenizer = experiment.model.tokenizer()
+    dataset = experiment.data.load(tokenizer, experiment.seed, experiment.partition.keep)
+    built = build_model(experiment, dataset, torch.device("cpu"))
+    model = perceptron(built) if tokenizer is None else encoder(built)
+    rows = dataset.train.batch(torch.arange(len(dataset.train)))
+    inputs = rows["x"].flatten(1) if tokenizer is None else rows["input_ids"]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=experiment.client.lr)
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    for plans in rounds(experiment, dataset):
+        pace.start()
+        total = {name: torch.zeros_like(value) for name, value in start.items()}
+        for plan in plans:
+            copy_into(trained, start)
+            for batch in plan:
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs[batch]), rows["labels"][batch]).backward()
+                optimizer.step()
+            for name, value in total.items():
+                value += trained[name].detach()
+        before, start = start, {name: value / len(plans) for name, value in total.items()}
+        pace.stop(before, start)
+
+
+@torch.no_grad()
+def copy_into(trained: Params, values: Params) -> None:
+    """Give ``trained`` the values of x_t."""
+    for name, parameter in trained.items():
+        parameter.copy_(values[name])
+
+
+def rounds(experiment: Experiment, dataset: Dataset) -> Iterator[list[Tensor]]:
+    """Yield each round's clients, as the rows (steps, batch) that fedsys trains them on."""
+    number, seed = experiment.num_clients, experiment.seed
+    shards = experiment.partition.split(dataset, number, seed)
+    state = experiment.participation.init(number)
+    for index in count(1):
+        draw = numpy_generator(seed, "participation", index)
+        cohort, state = experiment.participation.draw(index, number, state, draw)
+        yield [
+            experiment.client.batches(shards.rows(client), seed, index, client) for client in cohort
+        ]

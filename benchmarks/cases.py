@@ -1,0 +1,61 @@
+"""What is compared with what."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+BFLOAT16_GAIN = 1.5  # over float32 in matrix products, from which on bfloat16 is worth a run
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine on one experiment."""
+
+    label: str
+    engine: Literal["ours", "bare"]
+    overrides: tuple[str, ...]
+    target: float | None = None  # the first case's CPU time over this one's, at least
+    tolerance: float | None = None  # of the update, relative to that of the first case
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases that take turns; the first is what the others are compared with."""
+
+    name: str
+    cases: tuple[Case, ...]
+    turns: int
+    rounds: int  # of a case in a turn
+
+
+def groups(bfloat16: bool) -> list[Group]:
+    """Return all groups, with or without the cases in bfloat16."""
+    w1, w2 = ("experiment=bench_w1",), ("experiment=bench_w2",)
+    many = (*w1, "num_clients=100000")
+    low = (*w2, "dtype=bfloat16")
+    adapters = [
+        Case("PyTorch loop, float32", "bare", w2),
+        Case("fedsys, float32", "ours", w2, target=1.0, tolerance=1e-4),
+    ]
+    if bfloat16:
+        adapters.append(Case("fedsys, bfloat16", "ours", low, target=3.0))
+    return [
+        Group(
+            "w1",
+            (
+                Case("PyTorch loop", "bare", w1),
+                Case("fedsys", "ours", w1, target=4.0, tolerance=1e-4),
+            ),
+            turns=9,
+            rounds=5,
+        ),
+        Group("w2", tuple(adapters), turns=3, rounds=1),
+        Group(
+            "scaling",
+            (
+                Case("fedsys, 1,000 clients", "ours", w1),
+                Case("fedsys, 100,000 clients", "ours", many, target=1 / 1.2),
+            ),
+            turns=9,
+            rounds=10,
+        ),
+    ]
