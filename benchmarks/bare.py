@@ -4,7 +4,7 @@ It is given every advantage: no messages, a plan of the batches drawn before the
 optimizer for all clients, and no attention mask, for no row is padded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 
 import torch
@@ -27,8 +27,7 @@ class Adapted(nn.Module):
         """Take over the tensors of ``layer``."""
         super().__init__()
         self.base, self.R = layer.base, layer.R
-        self.register_buffer("down", layer.A.weight.detach())
-        self.register_buffer("up", layer.B.weight.detach())
+        self.down, self.up = layer.A.weight, layer.B.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted output."""
@@ -94,7 +93,7 @@ def run(experiment: Experiment, pace: Pace) -> None:
 
 
 @torch.no_grad()
-def copy_into(trained: Params, values: Params) -> None:
+def copy_into(trained: Mapping[str, Tensor], values: Params) -> None:
     """Give ``trained`` the values of x_t."""
     for name, parameter in trained.items():
         parameter.copy_(values[name])

@@ -8,6 +8,7 @@ Symbols: K clients, B rows per client in this pass.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -118,7 +119,11 @@ class CohortModule(CohortLayer):
             return functional_call(module, params, args, kwargs, tie_weights=False)
 
         out = vmap(one, in_dims=(0, *(0 if s else None for s in split)))(self._stacked, *parts)
-        return pytree.tree_map(_join if any(split) else self._repeat, out)
+        if any(split):
+            return pytree.tree_map(_join, out)
+        # One row of positions (1, L) serves all rows; without inputs or with (L,) there is none.
+        one_row = any(isinstance(x, Tensor) and x.dim() > 1 and len(x) == 1 for x in leaves)
+        return pytree.tree_map(partial(self._repeat, one_row), out)
 
     def bind(self, name: str, value: Tensor) -> None:
         """Make ``value`` (K, *shape) the tensor ``name``."""
@@ -129,10 +134,14 @@ class CohortModule(CohortLayer):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _repeat(self, out: Tensor) -> Tensor:
-        # Without rows, such as embeddings of positions, (K, L, D) or (K, 1, L, D) is what all rows
-        # of a client would have been broadcast against.
-        if out.dim() < 4 or out.shape[1] != 1:
+    def _repeat(self, one_row: bool, out: Tensor) -> Tensor:
+        """Return ``out`` (K, 1, ...), or (K, ...) without a row, for every row of a client."""
+        if not one_row:
+            if out.dim() > 1 and out.shape[1] == 1:
+                raise ValueError(
+                    f"{self._name} gives one entry for all rows, which may be a row or not, "
+                    "so clients cannot share a pass"
+                )
             out = out[:, None]
         each = self._size.rows // self._size.clients
         return out.expand(-1, each, *out.shape[2:]).flatten(0, 1)

@@ -21,6 +21,7 @@ from fedsys.engines.local import LocalGrid
 from fedsys.errors import ConfigError, RunError
 from fedsys.exports import check_export, write_adapter, write_merged
 from fedsys.federation import Federation, assemble, chunk_size
+from fedsys.models.hub import PACKAGED
 from fedsys.params import Params
 from fedsys.records import RoundRecord
 from fedsys.run_folder import Metrics, RunFolder
@@ -154,7 +155,8 @@ def _describe_partition(federation: Federation) -> None:
 def _export(federation: Federation, params: Params, folder: Path) -> None:
     """Write the adapter, read it back into a fresh base, and compare the logits of some rows."""
     experiment, model = federation.experiment, federation.model
-    write_adapter(model.model, params, folder, getattr(experiment.model, "name", None))
+    name = getattr(experiment.model, "name", None)
+    write_adapter(model.model, params, folder, PACKAGED.get(str(name), name))
     rows = torch.arange(min(8, len(federation.dataset.evaluation)))
     batch = federation.dataset.evaluation.batch(rows)
     batch.pop("labels")

