@@ -16,6 +16,7 @@ from benchmarks.results import Result, difference, summarise, table
 from benchmarks.worker import Worker, measure_machine
 
 RESULTS = Path(__file__).parent / "results"
+WIDTH = 110
 
 
 class Different(Exception):
@@ -25,7 +26,8 @@ class Different(Exception):
 def main() -> int:
     """Run what is asked for; return 1 when engines that are compared do different work."""
     options = _parse()
-    console = Console()
+    # A file or a pipe has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     with console.status("measuring the machine") as status:
         machine = measure_machine(options.threads)
         bfloat16 = machine.gflops["bfloat16"] > BFLOAT16_GAIN * machine.gflops["float32"]

@@ -33,7 +33,7 @@ def groups(bfloat16: bool) -> list[Group]:
     many = (*w1, "num_clients=100000")
     low = (*w2, "dtype=bfloat16")
     adapters = [
-        Case("PyTorch loop, float32", "bare", w2),
+        Case("loop, float32", "bare", w2),
         Case("fedsys, float32", "ours", w2, target=1.0, tolerance=1e-4),
     ]
     if bfloat16:
@@ -42,18 +42,18 @@ def groups(bfloat16: bool) -> list[Group]:
         Group(
             "w1",
             (
-                Case("PyTorch loop", "bare", w1),
+                Case("loop", "bare", w1),
                 Case("fedsys", "ours", w1, target=4.0, tolerance=1e-4),
             ),
             turns=9,
             rounds=5,
         ),
-        Group("w2", tuple(adapters), turns=3, rounds=1),
+        Group("w2", tuple(adapters), turns=2, rounds=1),
         Group(
             "scaling",
             (
-                Case("fedsys, 1,000 clients", "ours", w1),
-                Case("fedsys, 100,000 clients", "ours", many, target=1 / 1.2),
+                Case("N = 1,000", "ours", w1),
+                Case("N = 100,000", "ours", many, target=1 / 1.2),
             ),
             turns=9,
             rounds=10,

@@ -6,11 +6,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from benchmarks.cases import Case, Group
 from benchmarks.pace import Lap, Report
-from benchmarks.worker import Machine
+from benchmarks.worker import SIZE, Machine
 
 
 @dataclass
@@ -82,14 +83,25 @@ def table(rows: list[dict[str, Any]], machine: Machine) -> Table:
     versions = machine.environment["packages"]
     products = ", ".join(f"{name} {value:.0f}" for name, value in machine.gflops.items())
     shown = Table(
-        title=f"A round on {machine.threads} of {machine.environment['cpus']} CPUs: median (range)",
-        caption=f"Matrix products in GFLOP/s: {products}. torch {versions.get('torch')}, "
-        f"flwr {versions.get('flwr')}, transformers {versions.get('transformers')}.",
+        title=f"A round on {machine.threads} of {machine.environment['cpus']} CPUs: median, range",
+        caption=f"Products of {SIZE} x {SIZE} matrices, GFLOP/s: {products}. "
+        f"torch {versions.get('torch')}, flwr {versions.get('flwr')}, "
+        f"transformers {versions.get('transformers')}. Ratios: the first of a group over this one.",
+        box=box.SIMPLE_HEAD,
     )
-    for head in ("", "engine"):
-        shown.add_column(head)
-    for head in ("wall ms", "CPU ms", "peak MB", "wall ratio", "CPU ratio", "target", "update off"):
-        shown.add_column(head, justify="right")
+    for _ in ("group", "case"):
+        shown.add_column("", overflow="fold")
+    heads = (
+        "wall\nms",
+        "CPU\nms",
+        "peak\nMB",
+        "wall\nratio",
+        "CPU\nratio",
+        "target",
+        "update\noff",
+    )
+    for head in heads:
+        shown.add_column(head, justify="right", overflow="fold")
     group = None
     for row in rows:
         if group not in (None, row["group"]):
@@ -117,7 +129,7 @@ def _verdict(row: dict[str, Any]) -> str:
     if row["target"] is None:
         return ""
     met = median(row["cpu_ratios"]) >= row["target"]
-    return f">= {row['target']:.2g} {'met' if met else '[bold red]missed'}"
+    return f">= {row['target']:.2g}\n{'met' if met else '[bold red]missed'}"
 
 
 def _spread(values: list[float], scale: float = 1) -> str:
@@ -125,4 +137,4 @@ def _spread(values: list[float], scale: float = 1) -> str:
         return ""
     low, middle, high = (scale * value for value in (min(values), median(values), max(values)))
     digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+    return f"{middle:.{digits}f}\n[dim]{low:.{digits}f}-{high:.{digits}f}"

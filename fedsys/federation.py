@@ -129,10 +129,10 @@ def build_model(experiment: Experiment, dataset: Dataset, device: torch.device) 
     dtype = getattr(torch, experiment.dtype)
     layers = [layer for _, layer in low_rank_layers(model)]
     factors = {id(layer.A.weight) for layer in layers} | {id(layer.B.weight) for layer in layers}
-    for tensor in (*model.parameters(), *model.buffers()):
-        frozen = not tensor.requires_grad and id(tensor) not in factors
-        if frozen and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+    for param in model.parameters():
+        # Buffers stay: rotary frequencies, for one, need their precision.
+        if not param.requires_grad and id(param) not in factors:
+            param.data = param.data.to(dtype)
     choose_attention(model, dtype, device)
     return model
 

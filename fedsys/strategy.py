@@ -9,6 +9,7 @@ paper overrides ``init``, ``combine``, ``step`` and, for what it changes at the 
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -55,10 +56,16 @@ class Strategy(FlowerStrategy):
 
     def __post_init__(self) -> None:
         """Check ranges; raises ``ValueError``."""
-        if self.server_lr <= 0:
+        if not 0 < self.server_lr < math.inf:
             raise ValueError(f"server_lr must be positive, got {self.server_lr}")
         if self.weighting not in ("examples", "uniform"):
             raise ValueError(f"weighting is 'examples' or 'uniform', got {self.weighting!r}")
+        if not 0 <= self.fraction_evaluate <= 1:
+            raise ValueError(f"fraction_evaluate must be in [0, 1], got {self.fraction_evaluate}")
+        if self.min_clients < 1:
+            raise ValueError(f"min_clients must be at least 1, got {self.min_clients}")
+        if self.on_client_error not in ("skip", "fail"):
+            raise ValueError(f"on_client_error is 'skip' or 'fail', got {self.on_client_error!r}")
 
     # ---- what a paper overrides
 
@@ -144,7 +151,7 @@ class Strategy(FlowerStrategy):
     ) -> list[Message]:
         """Ask ``fraction_evaluate`` of all clients to evaluate x_t on their own data."""
         session = self._under_way()
-        nodes = session.nodes()
+        nodes = session.nodes() if self.fraction_evaluate else ()
         count = round(self.fraction_evaluate * len(nodes))
         rng = numpy_generator(self.seed, "evaluation", server_round)
         clients = sorted(rng.choice(len(nodes), count, replace=False, shuffle=False).tolist())

@@ -378,6 +378,29 @@ def test_rows_sent_to_a_layer_by_their_content_serve_one_client_only():
         together(built, vectors(16, torch.float64), training, plan(training, (8, 8)))
 
 
+class Some(nn.Module):
+    """Sends through a layer those rows only whose first number is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        chosen = x[:, 0] > 0
+        return x[:, :CLASSES].masked_scatter(chosen[:, None], self.fc(x[chosen]))
+
+
+def test_rows_left_out_later_are_noticed():
+    # The first rows, by which the layer is judged, all go through it; 6 of 8 do in the whole pass,
+    # which two clients could share alike, but the third and fourth of the second do not.
+    examples = vectors(8, torch.float64)
+    examples.x[:, 0, 0, 0] = torch.tensor([1.0, 1, 1, 1, 1, 1, -1, -1])
+    batches = [torch.tensor([[0, 1, 2, 3]]), torch.tensor([[4, 5, 6, 7]])]
+    with pytest.raises(ValueError, match=r"fc.*clients cannot share a pass"):
+        together(Some().double(), examples, LocalTraining(lr=0.1, batch_size=4), batches)
+
+
 # ---- models of other shapes
 
 

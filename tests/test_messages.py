@@ -301,9 +301,7 @@ def test_large_finite_numbers_are_no_infinity():
     update = messages.read_update(replied(ArrayRecord(large)), 0, messages.encode(sent))
     assert torch.equal(update.delta["x"], large["x"])
     with pytest.raises(ClientFailure, match="NaN or Inf"):  # and so does a difference
-        messages.read_update(
-            replied(ArrayRecord({"x": -large["x"]})), 0, messages.encode(large)
-        )
+        messages.read_update(replied(ArrayRecord({"x": -large["x"]})), 0, messages.encode(large))
 
 
 def other(shape=(3, 2), dtype=torch.float32, fill=1.0):
@@ -347,9 +345,10 @@ def test_a_malformed_reply_is_refused_with_the_reason(reply, expected):
     "count", [0, -1, -0.0, 0.5, 2.5, 2**63, 2**53 + 1, 10**400, float("nan"), float("inf"), [3], []]
 )
 def test_num_examples_must_be_a_count(count):
-    assert "num-examples must be a whole number" in reason(
-        replied(arrays(), {"num-examples": count})
-    ) or count == 10**400
+    assert (
+        "num-examples must be a whole number" in reason(replied(arrays(), {"num-examples": count}))
+        or count == 10**400
+    )
 
 
 def test_a_reply_without_num_examples_is_refused():
@@ -400,9 +399,7 @@ def test_the_factors_must_be_those_of_the_server(basis, record, fits):
 def test_a_packed_vector_of_another_size_is_refused(size):
     layout = Layout({"w": torch.Size([3, 2])}, torch.float32)
     sent = messages.encode_flat(torch.zeros(6))
-    good = messages.read_update(
-        replied(messages.encode_flat(torch.arange(6.0))), 0, sent, layout
-    )
+    good = messages.read_update(replied(messages.encode_flat(torch.arange(6.0))), 0, sent, layout)
     assert torch.equal(good.delta["w"], torch.arange(6.0).view(3, 2))
     with pytest.raises(ClientFailure, match="packed is"):
         messages.read_update(replied(messages.encode_flat(torch.zeros(size))), 0, sent, layout)
@@ -442,7 +439,9 @@ ARRAYS = st.one_of(
         stype=st.sampled_from(["numpy.ndarray", "numpy.ndarray", "torch"]),
         data=BYTES,
     ),
-    st.builds(lambda s, d: Array(tensor(s, d).numpy()), st.sampled_from(SHAPES), st.sampled_from(DTYPES)),
+    st.builds(
+        lambda s, d: Array(tensor(s, d).numpy()), st.sampled_from(SHAPES), st.sampled_from(DTYPES)
+    ),
     st.sampled_from([Array(value.numpy()) for value in SENT.values()]),
 )
 SCALARS = st.one_of(

@@ -9,9 +9,7 @@ from fedsys.seeds import numpy_generator
 
 def draw(participation, round, num_clients, seed=0):
     rng = numpy_generator(seed, "participation", round)
-    clients, state = participation.draw(
-        round, num_clients, participation.init(num_clients), rng
-    )
+    clients, state = participation.draw(round, num_clients, participation.init(num_clients), rng)
     assert state == ()
     return clients
 

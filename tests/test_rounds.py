@@ -70,7 +70,7 @@ def test_the_first_of_two_answers_counts():
 
 
 def test_a_late_answer_does_not_stand_in_for_the_one_expected():
-    late, sent_before = begun(3)
+    _, sent_before = begun(3)
     current, sent = begun(4)
     replies = [answer(sent_before[0], 9.0), *(answer(m) for m in sent.values())]
     updates, failures = used(current, replies)

@@ -62,9 +62,13 @@ def test_forked_leaves_the_global_generator_alone_even_after_an_error():
     torch.manual_seed(3)
     with forked(0, "x"):
         torch.rand(7)
-    with pytest.raises(KeyError), forked(0, "x"):
-        torch.rand(7)
-        raise KeyError
+
+    def fail():
+        with forked(0, "x"):
+            raise KeyError(torch.rand(7))
+
+    with pytest.raises(KeyError):
+        fail()
     assert torch.equal(torch.rand(3), expected)
 
 

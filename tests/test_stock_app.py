@@ -6,12 +6,12 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.serverapp import strategy as flower
-from tests.stock_app import client_app, server_app
-from tests.stock_app.task import fresh_state
-from tests.stock_app.toy import close, final, one_thread
 
 import strategies
 from fedsys.engines.local import LocalGrid
+from tests.stock_app import client_app, server_app
+from tests.stock_app.task import fresh_state
+from tests.stock_app.toy import close, final, one_thread
 
 OURS = list(strategies.__all__)
 # Adam's first steps are about server_lr in every coordinate, so it must suit the model.

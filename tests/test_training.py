@@ -1,5 +1,7 @@
 """Batches, step sizes and checks of local training."""
 
+import dataclasses
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -55,6 +57,33 @@ def test_batches_depend_on_seed_round_and_client_only():
     twice = epochs_of(LocalTraining(lr=1, batch_size=8, epochs=2))
     assert twice[:3].equal(first)
     assert not twice[3:].equal(first)
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 40), size=st.integers(1, 9), steps=st.integers(1, 20))
+def test_batches_of_similar_length(count: int, size: int, steps: int):
+    lengths = torch.randint(1, 60, (count,), generator=torch.Generator().manual_seed(count))
+    grouped = LocalTraining(lr=1, batch_size=size, group_by_length=True)
+    plan = grouped.batches(torch.arange(count), 0, 1, 2, lengths)
+    assert plan[plan >= 0].sort().values.equal(torch.arange(count))
+    assert len(plan) == grouped.num_steps(count)
+    spans = sorted((lengths[own].min(), lengths[own].max()) for b in plan for own in [b[b >= 0]])
+    assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))
+    by_steps = dataclasses.replace(grouped, steps=steps)
+    assert len(by_steps.batches(torch.arange(count), 0, 1, 2, lengths)) == steps
+
+
+def test_the_order_of_grouped_batches_is_the_rounds_own():
+    # Clients of one size meet short batches together, and short ones do not always come first.
+    grouped = LocalTraining(lr=1, batch_size=4, group_by_length=True)
+    rows = torch.arange(40)
+
+    def order(round: int, client: int) -> list[int]:
+        return grouped.batches(rows, 0, round, client, rows)[:, 0].argsort().tolist()
+
+    assert order(1, 0) == order(1, 7)
+    assert order(1, 0) != order(2, 0)
+    assert order(1, 0) != sorted(order(1, 0))
 
 
 # ---- step sizes

@@ -55,7 +55,7 @@ class LoRASB:
     init: Init = "client_sum"
     gradient: Gradient = "raw"
     start: Start = "zero"  # R_0 = 0 or S_r / scaling
-    init_lr: float = 0.1  # scales R_0 only; B and A do not depend on it
+    init_lr: float = 1e-4  # scales R_0 only; B and A do not depend on it
     init_examples: int | None = None  # rows of each client, or public rows; None: all
 
     def __post_init__(self) -> None:

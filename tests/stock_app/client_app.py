@@ -1,5 +1,6 @@
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+
 from tests.stock_app.task import Net, load_data
 from tests.stock_app.task import test as test_fn
 from tests.stock_app.task import train as train_fn

@@ -1,6 +1,7 @@
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+
 from tests.stock_app.task import fresh_state
 
 app = ServerApp()
