@@ -54,9 +54,11 @@ def train_cohort(
             flat, leaves, optimizer = _begin(task, trained[:active], lr, optimizer)
         batch = gather(task.examples, plan[:active, step], task.device)
         losses[:active] += _step(task, optimizer, flat, leaves, batch, start, steps[:active], step)
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    return trained[back], (losses / steps)[back]
+    losses /= steps
+    if order == sorted(order):
+        return trained, losses
+    back = torch.tensor(order).argsort()
+    return trained.index_select(0, back.to(trained.device)), losses[back]
 
 
 def _step(
@@ -73,7 +75,9 @@ def _step(
     labels = batch.pop("labels")
     losses = client_losses(task.model(**batch), labels, len(flat))
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
-    flat.grad = _join(gradients)
+    if flat.grad is None:
+        flat.grad = torch.empty_like(flat)
+    torch._foreach_copy_(list(task.model.layout.unpack(flat.grad).values()), gradients)
     with torch.no_grad():
         extra = task.local_gradient(leaves, task.model.layout.unpack(start))
     if extra:
@@ -116,9 +120,13 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 
 def gather(examples: Examples, rows: Tensor, device: torch.device) -> Batch:
     """Return the batch of ``rows`` (K, B) as K*B rows; -1 gives a row whose labels are ignored."""
-    rows = rows[:, (rows >= 0).any(0)]
-    # A client's own row fills it up: no longer than the others, and its own to suffer from.
-    own = rows.amax(1, keepdim=True).clamp(min=0)
-    batch = examples.batch(torch.where(rows < 0, own, rows).flatten())
-    batch["labels"][rows.flatten() < 0] = IGNORE
+    absent = rows < 0
+    if absent.any():
+        rows, absent = rows[:, ~absent.all(0)], absent[:, ~absent.all(0)]
+        # A client's own row fills it up: no longer than the others, and its own to suffer from.
+        own = rows.amax(1, keepdim=True).clamp(min=0)
+        batch = examples.batch(torch.where(absent, own, rows).flatten())
+        batch["labels"][absent.flatten()] = IGNORE
+    else:
+        batch = examples.batch(rows.flatten())
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

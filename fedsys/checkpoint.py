@@ -60,10 +60,7 @@ class Checkpoints:
         """
         if self._basis is None:
             self.save_frozen(snapshot.frozen)
-        tensors: Params = {f"params/{name}": value for name, value in snapshot.params.items()}
-        tensors |= _leaves("state", snapshot.state)
-        tensors |= _leaves("participation", snapshot.participation)
-        tensors["informed"] = torch.tensor(sorted(snapshot.informed), dtype=torch.int64)
+        tensors = _tensors_of(snapshot)
         meta = {
             "round": snapshot.round,
             "params": list(snapshot.params),
@@ -132,6 +129,14 @@ class Checkpoints:
         )
         clients = {int(c): _unpack_records(r, tensors) for c, r in meta["clients"].items()}
         return snapshot, clients
+
+
+def _tensors_of(snapshot: Snapshot) -> Params:
+    tensors: Params = {f"params/{name}": value for name, value in snapshot.params.items()}
+    tensors |= _leaves("state", snapshot.state)
+    tensors |= _leaves("participation", snapshot.participation)
+    tensors["informed"] = torch.tensor(sorted(snapshot.informed), dtype=torch.int64)
+    return tensors
 
 
 def _leaves(prefix: str, tree: Any) -> Params:

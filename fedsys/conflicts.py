@@ -74,18 +74,18 @@ def _public(data: Any) -> bool:
 
 def _data(experiment: "Experiment") -> list[str]:
     data, model = experiment.data, experiment.model
-    text = _is(data, "TextColumns")
+    text = _is(data, "TextColumns", "RandomTokens")
     pair = f"{_said(experiment, 'data')} with {_said(experiment, 'model')}"
     if text and _is(model, *_ARRAY_MODELS):
         return [f"{pair}: text needs model=hf_classifier or model=hf_causal"]
     if _is(data, "Digits", "Images") and _is(model, *_TEXT_MODELS):
         return [f"{pair}: images need model=mlp, model=cnn or model=vit"]
-    if text and _is(model, "HFCausal") and data.label is not None:
+    if _is(data, "TextColumns") and _is(model, "HFCausal") and data.label is not None:
         return [
             f"data.label={data.label} with model=hf_causal: a causal model continues text;"
             " set data.label=null, or model=hf_classifier to predict the label"
         ]
-    if text and _is(model, "HFClassifier") and data.label is None:
+    if _is(data, "TextColumns") and _is(model, "HFClassifier") and data.label is None:
         return ["model=hf_classifier needs data.label, the column with the classes"]
     return []
 

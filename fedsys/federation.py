@@ -3,6 +3,7 @@
 What fedsys, strategies and clients keep apart is put together here and nowhere else.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -139,12 +140,15 @@ def build_model(experiment: Experiment, dataset: Dataset, device: torch.device) 
 
 def chunk_size(federation: Federation) -> int:
     """Return how many clients train in one pass: ``engine.chunk``, or by the size of the work."""
-    chosen = federation.experiment.engine.chunk
-    if chosen is not None:
-        return int(chosen)
+    experiment = federation.experiment
+    if experiment.engine.chunk is not None:
+        return int(experiment.engine.chunk)
     rows = federation.site.training.batch_size * federation.dataset.train.positions
     by_memory = LARGEST_MATRIX // max(federation.model.layout.size, 1)
-    return max(1, min(POSITIONS // rows, by_memory, LARGEST_CHUNK))
+    limit = max(1, min(POSITIONS // rows, by_memory, LARGEST_CHUNK))
+    # Even chunks: 20 clients by 16 are 10 and 10, in less memory than 16 and 4.
+    cohort = getattr(experiment.participation, "cohort", None) or len(federation.shards)
+    return math.ceil(cohort / math.ceil(cohort / limit))
 
 
 def _strategy(

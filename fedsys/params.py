@@ -107,12 +107,16 @@ class Layout:
 
     def unpack(self, flat: Tensor) -> Params:
         """Return views of ``flat`` (..., size), each of shape (..., *shape)."""
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        parts = flat.split(sizes, dim=-1)
+        front = flat.shape[:-1]
+        parts = torch.split_with_sizes(flat, self._sizes, -1)
         return {
-            name: part.view((*flat.shape[:-1], *shape))
+            name: part if len(shape) == 1 else part.view(front + shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes.values()]
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ paper overrides ``init``, ``combine``, ``step`` and, for what it changes at the 
 ``local_gradient``. State goes in and comes out as a tree of tensors, so a checkpoint is complete.
 """
 
+import gc
 import logging
 import math
 from collections.abc import Iterable
@@ -199,8 +200,13 @@ class Strategy(FlowerStrategy):
             session.prepare()
             session.evaluate(0, evaluate_fn, result)
         configs = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        for server_round in range(session.now.round + 1, num_rounds + 1):
-            session.run_round(server_round, num_rounds, configs, evaluate_fn, result)
+        gc.collect()
+        gc.freeze()  # the model and the libraries stay: no collection need walk them in mid-round
+        try:
+            for server_round in range(session.now.round + 1, num_rounds + 1):
+                session.run_round(server_round, num_rounds, configs, evaluate_fn, result)
+        finally:
+            gc.unfreeze()
         result.arrays = session.arrays
         return result
 

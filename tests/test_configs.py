@@ -33,7 +33,18 @@ NEEDED = {
         "model.config={{model_type: llama}}",
         "model.tokenizer_name={folder}/tokenizer.json",
     ],
+    ("data", "random_tokens"): ["model=hf_classifier"],
     ("partition", "natural"): ["partition.column=label"],
+    ("experiment", "sst2_fed_sb"): ["data.path={folder}/a.csv"],
+    ("experiment", "cifar10_fedavg"): ["data.path={folder}/a.npz"],
+    ("experiment", "shakespeare"): [
+        "data.path={folder}/a.csv",
+        "model.tokenizer_name={folder}/tokenizer.json",
+    ],
+    ("experiment", "gsm8k"): [
+        "data.path={folder}/a.csv",
+        "model.tokenizer_name={folder}/tokenizer.json",
+    ],
 }
 
 

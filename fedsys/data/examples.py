@@ -81,7 +81,8 @@ class TensorExamples(Examples):
 
     def batch(self, rows: Tensor) -> Batch:
         """Return ``{"x": (b, ...) float32, "labels": (b,)}``."""
-        x = self.x[rows].float()  # indexing copied, so the steps below may work in place
+        # A copy, so the steps below may work in place; several times faster than x[rows].
+        x = self.x.index_select(0, rows).float()
         if self.shift is not None:
             x = x.sub_(self.shift)
         if self.scale is not None:
