@@ -498,8 +498,11 @@ def test_params_that_are_not_the_models_are_refused(mlp: Any, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_nothing_but_the_head_is_refused(vocabulary: str, tmp_path: Path):
-    builder = HFClassifier(config=BERT, tokenizer_name=vocabulary)
+def test_an_adapter_of_nothing_but_the_head_is_refused(
+    folder_of: Any, vocabulary: str, tmp_path: Path
+):
+    place = folder_of(BERT, False, True)  # a head trained before; a fresh one is not adapted
+    builder = HFClassifier(name=str(place), tokenizer_name=vocabulary)
     adapter = LoRA(rank=2, alpha=1.0, targets=["classifier"])
     trained = train(lambda: builder.build(TEXT, 0), adapter, INPUTS)
     with pytest.raises(ValueError, match="every adapted layer belongs to the head"):
