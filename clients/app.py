@@ -107,7 +107,9 @@ class CohortApp(ClientApp):
         round = int(str(config[wire.ROUND]))
         rows = [site.rows(context) for context in contexts]
         batches = [
-            site.training.batches(own, site.seed, round, partition_of(context))
+            site.training.batches(
+                own, site.seed, round, partition_of(context), site.examples.lengths(own)
+            )
             for own, context in zip(rows, contexts, strict=True)
         ]
         task = Task(site.model, site.examples, site.training, site.local_gradient, site.device)

@@ -81,7 +81,8 @@ def _step(
     with torch.no_grad():
         extra = task.local_gradient(leaves, task.model.layout.unpack(start))
     if extra:
-        flat.grad += _join([extra[name] for name in leaves])
+        # A name the strategy leaves out stands for zeros.
+        flat.grad += _join([extra.get(name, torch.zeros_like(x)) for name, x in leaves.items()])
     if task.training.varies_in_round:
         before = flat.detach().clone()
         optimizer.step()

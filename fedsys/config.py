@@ -62,7 +62,7 @@ def configure(overrides: Sequence[str]) -> Experiment:
     problems: Problems = {}
     experiment = _build(composition.config, overrides, problems, bool(imports))
     found = [*composition.problems, *problems.values()]
-    if experiment.out.is_dir() and any(experiment.out.iterdir()):
+    if experiment.out.is_dir() and any(p.name[0] != "." for p in experiment.out.iterdir()):
         found.append(
             f"out={experiment.out}: must be a new or empty folder; to go on with the run in it,"
             f" `fedsys resume {experiment.out}`"

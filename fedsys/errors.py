@@ -18,7 +18,7 @@ class DataError(ValueError):
 
 
 class ClientFailure(RuntimeError):
-    """A client's reply cannot be used; the message names the client, the round and the reason."""
+    """A client's reply cannot be used; the message names the client and the reason."""
 
     def __init__(self, client: int, reason: str) -> None:
         self.client = client

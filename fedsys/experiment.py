@@ -77,7 +77,11 @@ def run_experiment(experiment: Experiment, observer: Observer | None = None) -> 
 
 
 def run_federation(
-    federation: Federation, grid: Grid, clients: ClientStates, observer: Observer
+    federation: Federation,
+    grid: Grid,
+    clients: ClientStates,
+    observer: Observer,
+    engine: str = "local",
 ) -> RunResult:
     """Train over ``grid``; ``clients`` are the memories that its simulated clients keep, if any."""
     experiment = federation.experiment
@@ -85,8 +89,8 @@ def run_federation(
     folder.on_factors = federation.site.take
     with folder.locked():
         if not folder.exists():
-            folder.create(experiment.resolved, experiment.overrides)
             _describe_partition(federation)
+            folder.create(experiment.resolved, experiment.overrides)
         try:
             observer.phase("training")
             federation.strategy.start(
@@ -102,9 +106,9 @@ def run_federation(
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             reason = f"{type(error).__name__}: {error}"
-            folder.summarise(status, **federation.facts(), engine="local", reason=reason)
+            folder.summarise(status, **federation.facts(), engine=engine, reason=reason)
             raise
-        summary = folder.summarise("completed", **federation.facts(), engine="local")
+        summary = folder.summarise("completed", **federation.facts(), engine=engine)
     result = RunResult(experiment.out, summary, folder.lines(), folder.params, experiment)
     observer.finished(result)
     return result

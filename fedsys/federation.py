@@ -107,7 +107,7 @@ def _assemble(experiment: Experiment, phase: Callable[[str], None]) -> Federatio
     shards = experiment.partition.split(dataset, experiment.num_clients, experiment.seed)
     phase("loading the model")
     model = CohortModel(build_model(experiment, dataset, device)).to(device)
-    strategy = _strategy(experiment, model, dataset, device)
+    strategy = _strategy(experiment, model, dataset, shards, device)
     site = Site(
         model=model,
         examples=dataset.train,
@@ -152,13 +152,18 @@ def chunk_size(federation: Federation) -> int:
 
 
 def _strategy(
-    experiment: Experiment, model: CohortModel, dataset: Dataset, device: torch.device
+    experiment: Experiment,
+    model: CohortModel,
+    dataset: Dataset,
+    shards: Shards,
+    device: torch.device,
 ) -> Strategy:
     settings: dict[str, Any] = {
         "participation": experiment.participation,
         "seed": experiment.seed,
         "fraction_evaluate": 1.0 if experiment.evaluate.clients else 0.0,
         "on_client_error": experiment.on_client_error,
+        "min_clients": len(shards),
         "layout": model.layout,
     }
     adapter = experiment.adapter

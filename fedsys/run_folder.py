@@ -75,11 +75,10 @@ class RunFolder:
         return (self.folder / "config.yaml").exists()
 
     def create(self, resolved: Metrics, overrides: list[str]) -> None:
-        """Make the folder and write what was asked for."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
-        (self.folder / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(overrides)))
-        (self.folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        """Write what was asked for; the configuration last, since it makes a folder a run's."""
+        _replace(self.folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        _replace(self.folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        _replace(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -183,9 +182,7 @@ class RunFolder:
             "delta": None,
             **facts,
         }
-        partial = self.folder / "summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
-        partial.replace(self.folder / "summary.json")
+        _replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
     @property
@@ -195,7 +192,17 @@ class RunFolder:
     def _keep_lines(self, last_round: int) -> None:
         kept = [line for line in self.lines() if line["round"] <= last_round]
         if self._metrics.exists():
-            self._metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            _replace(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write ``path`` whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def environment() -> Metrics:

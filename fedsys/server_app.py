@@ -10,7 +10,7 @@ import shlex
 from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
 
-from fedsys.config import Experiment, build, configure
+from fedsys.config import Experiment, build, compose
 from fedsys.console import Silent
 from fedsys.experiment import run_federation
 from fedsys.federation import assemble
@@ -22,7 +22,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train over whatever clients ``grid`` connects."""
     experiment = experiment_of(context.run_config)
-    run_federation(assemble(experiment), grid, {}, Silent())
+    run_federation(assemble(experiment), grid, {}, Silent(), engine="flower")
 
 
 def experiment_of(settings: UserConfig) -> Experiment:
@@ -30,4 +30,5 @@ def experiment_of(settings: UserConfig) -> Experiment:
     composed = str(settings.get("hydra-json", ""))
     if composed:
         return build(json.loads(composed))
-    return configure(shlex.split(str(settings.get("overrides", ""))))
+    # Not configure: every process of the run builds it, and the folder exists after the first.
+    return build(compose(shlex.split(str(settings.get("overrides", "")))))

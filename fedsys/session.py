@@ -108,9 +108,9 @@ class Session:
         self.given = arrays
         self._encode()
 
-    def contents(self, config: ConfigRecord) -> tuple[RecordDict, RecordDict]:
+    def contents(self, arrays: ArrayRecord, config: ConfigRecord) -> tuple[RecordDict, RecordDict]:
         """Return what is sent to a client that holds the frozen factors, and to any other."""
-        known = RecordDict({messages.ARRAYS: self.arrays, messages.CONFIG: config})
+        known = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: config})
         if not self.sends_factors:
             return known, known
         first = known.copy()
@@ -155,7 +155,6 @@ class Session:
         _, metrics = strategy.aggregate_train(server_round, replies)
         if metrics is not None:
             result.train_metrics_clientapp[server_round] = metrics
-        self._check_progress(last=server_round == num_rounds)
         arrays = self.arrays
         outgoing = strategy.configure_evaluate(server_round, arrays, configs[1], self.grid)
         replies = exchange(self.grid, outgoing, self.timeout) if outgoing else []
@@ -164,7 +163,11 @@ class Session:
             result.evaluate_metrics_clientapp[server_round] = metrics
         self.evaluate(server_round, evaluate_fn, result)
         record = self.round.record(result, time.perf_counter() - began)
+        for failure in self.evaluation.failures:
+            record.failures += 1
+            record.reasons.append(f"evaluation: {failure}")
         self.recorder.finished(self.now, record)
+        self._check_progress(last=server_round == num_rounds)
 
     def evaluate(self, server_round: int, evaluate_fn: EvaluateFn | None, result: Result) -> None:
         """Evaluate x_t at the server."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -124,7 +124,7 @@ class Strategy(FlowerStrategy):
         session.round = Round(server_round, cohort, session.arrays, self.layout, session.basis)
         settings = ConfigRecord({**config, **self.train_config()})
         settings[messages.ROUND], settings[messages.BASIS] = server_round, session.basis
-        known, first = session.contents(settings)
+        known, first = session.contents(session.arrays, settings)
         informed = session.now.informed
         return session.round.address(
             "train", ((c, known if c in informed else first) for c in cohort)
@@ -158,8 +158,12 @@ class Strategy(FlowerStrategy):
         clients = sorted(rng.choice(len(nodes), count, replace=False, shuffle=False).tolist())
         session.evaluation = Round(server_round, {c: nodes[c] for c in clients}, arrays)
         settings = ConfigRecord({**config, messages.ROUND: server_round})
-        content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: settings})
-        return session.evaluation.address("evaluate", ((c, content) for c in clients))
+        settings[messages.BASIS] = session.basis
+        known, first = session.contents(arrays, settings)
+        informed = session.now.informed
+        return session.evaluation.address(
+            "evaluate", ((c, known if c in informed else first) for c in clients)
+        )
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

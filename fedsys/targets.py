@@ -15,12 +15,12 @@ from fedsys.settings import Problems
 
 OURS = ("fedsys", "strategies", "clients")
 _METHODS = {
-    "data": "load",
-    "partition": "split",
-    "model": "build",
-    "adapter": "attach",
-    "strategy": "configure_train",
-    "participation": "draw",
+    "data": ("load",),
+    "partition": ("split", "keep"),
+    "model": ("build", "tokenizer"),
+    "adapter": ("attach",),
+    "strategy": ("configure_train",),
+    "participation": ("init", "draw"),
 }
 # Of the base of strategies; its other fields belong to the run, not to the configuration.
 _HYPERPARAMETERS = ("server_lr", "weighting")
@@ -71,9 +71,9 @@ def _find(group: str, target: Any, allow: Sequence[str]) -> type:
         raise ValueError(f"{module} has no such class{suggestion(name, sorted(classes))}")
     if not is_dataclass(cls):
         raise ValueError("must be a dataclass: its fields are the keys, with their types")
-    method = _METHODS.get(group)
-    if method and not hasattr(cls, method):
-        raise ValueError(f"cannot be used as {group}: it has no method {method}")
+    missing = [name for name in _METHODS.get(group, ()) if not hasattr(cls, name)]
+    if missing:
+        raise ValueError(f"cannot be used as {group}: it has no {listed(missing)}")
     return cls
 
 

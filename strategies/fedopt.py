@@ -72,6 +72,7 @@ class _FedOpt(Strategy):
 class FedAdagrad(_FedOpt):
     """The second moment sums; ``beta1`` is 0 in the paper's experiments."""
 
+    server_lr: float = 0.1
     beta1: float = 0.0
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:

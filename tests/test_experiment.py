@@ -7,11 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
+import clients.cohort
 import fedsys
 from fedsys.checkpoint import Checkpoints
 from fedsys.federation import assemble, chunk_size
@@ -212,3 +217,37 @@ def test_the_chunk_follows_the_size_of_the_work(tmp_path: Path) -> None:
     large = fedsys.config.configure([*SMALL, *many, "client.batch_size=128"])
     assert chunk_size(assemble(small)) == 40  # all at once
     assert chunk_size(assemble(large)) == 20  # 4096 // 128 = 32 would leave 8 over
+
+
+def test_batches_of_one_length_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = {"[PAD]": 0, "[UNK]": 1, "a": 2}
+    tokenizer = Tokenizer(WordLevel(tokens, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    rows = [f"{'a ' * (1 + row % 16)},{row % 2}" for row in range(256)]
+    (tmp_path / "rows.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
+    seen: list[tuple[int, int]] = []
+    gather = clients.cohort.gather
+
+    def watched(*args: Any) -> Any:
+        batch = gather(*args)
+        seen.append((batch["attention_mask"].numel(), int(batch["attention_mask"].sum())))
+        return batch
+
+    monkeypatch.setattr("clients.cohort.gather", watched)
+    words = [
+        *SMALL, f"out={tmp_path / 'out'}", "num_clients=4", "rounds=1", "data=text",
+        "model=hf_classifier", f"data.path={tmp_path / 'rows.csv'}", "data.text=sentence",
+        "data.label=label", "data.limit=null", "model.name=null",
+        "model.config={model_type: bert, hidden_size: 16, num_hidden_layers: 1, "
+        "num_attention_heads: 2, intermediate_size: 16}",
+        f"model.tokenizer_name={tmp_path / 'tokenizer.json'}", "adapter.rank=4",
+        "client.batch_size=8", "client.group_by_length=true", "engine.chunk=4",
+    ]  # fmt: skip
+    result = fedsys.run(words)
+    assert result.summary["failures"] == 0
+    padded, real = map(sum, zip(*seen, strict=True))
+    assert padded < 1.5 * real  # batches drawn at random have nearly twice the tokens
