@@ -118,7 +118,8 @@ class Terminal(logging.Handler):
         """Remove the bar; after an interruption, say how to go on."""
         logging.getLogger().removeHandler(self)
         self._bar.stop()
-        if kind is KeyboardInterrupt and self._folder is not None:
+        begun = self._folder is not None and (self._folder / "config.yaml").exists()
+        if kind is KeyboardInterrupt and begun:
             self._say(f"interrupted; to go on: fedsys resume {self._folder}")
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -166,6 +166,7 @@ def test_without_a_command_help_is_shown_with_code_2(capsys: pytest.CaptureFixtu
 )
 def test_exit_codes(
     stub: Any,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
@@ -173,10 +174,14 @@ def test_exit_codes(
     message: str,
 ) -> None:
     def fail(overrides: list[str], observer: Observer) -> None:
-        observer.started(configure(overrides))
+        experiment = configure(overrides)
+        observer.started(experiment)
+        experiment.out.mkdir(parents=True)
+        (experiment.out / "config.yaml").touch()
         raise error
 
     monkeypatch.setattr(stub, "run", fail)
+    monkeypatch.chdir(tmp_path)
     assert main(["run"]) == code
     err = capsys.readouterr().err
     assert message in err
