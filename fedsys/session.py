@@ -155,6 +155,8 @@ class Session:
         _, metrics = strategy.aggregate_train(server_round, replies)
         if metrics is not None:
             result.train_metrics_clientapp[server_round] = metrics
+        # Before the round is recorded: a resumed run does it again.
+        self._check_progress(last=server_round == num_rounds)
         arrays = self.arrays
         outgoing = strategy.configure_evaluate(server_round, arrays, configs[1], self.grid)
         replies = exchange(self.grid, outgoing, self.timeout) if outgoing else []
@@ -167,7 +169,6 @@ class Session:
             record.failures += 1
             record.reasons.append(f"evaluation: {failure}")
         self.recorder.finished(self.now, record)
-        self._check_progress(last=server_round == num_rounds)
 
     def evaluate(self, server_round: int, evaluate_fn: EvaluateFn | None, result: Result) -> None:
         """Evaluate x_t at the server."""
