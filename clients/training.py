@@ -116,8 +116,12 @@ class LocalTraining:
             order = torch.randperm(count, generator=draw)[: (total - epoch * each) * size]
             if self.group_by_length and lengths is not None:
                 order = order[lengths[order].argsort(stable=True)]
-            epochs.append(nn.functional.pad(rows[order], (0, -len(order) % size), value=-1))
-        plan = torch.cat(epochs).view(-1, size)
+            short = -len(order) % size
+            epoch_rows = rows.index_select(0, order)
+            epochs.append(
+                nn.functional.pad(epoch_rows, (0, short), value=-1) if short else epoch_rows
+            )
+        plan = (torch.cat(epochs) if len(epochs) > 1 else epochs[0]).view(-1, size)
         if self.group_by_length:
             plan = plan[torch.randperm(total, generator=generator(seed, "batch order", round))]
         return plan

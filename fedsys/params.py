@@ -39,10 +39,12 @@ def weighted_sum(terms: Iterable[tuple[float, Params]]) -> Params:
     The result is ``{}``, the zero vector, when there are no terms.
     """
     total: Params = {}
+    sums: list[Tensor] = []
     for weight, params in terms:
         if not total:
             total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in params.items()}
-        torch._foreach_add_(list(total.values()), [params[name] for name in total], alpha=weight)
+            sums = list(total.values())
+        torch._foreach_add_(sums, [params[name] for name in total], alpha=weight)
     return total
 
 
