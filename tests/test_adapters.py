@@ -21,7 +21,7 @@ from fedsys.adapters.lora_sb import (
     summed_gradients,
     truncated_svd,
 )
-from fedsys.adapters.lowrank import LowRank, merged, targets_of
+from fedsys.adapters.lowrank import LowRank, targets_of
 from fedsys.cohort import CohortModel
 from fedsys.data.examples import Batch, Examples
 from fedsys.params import Params, digest
@@ -274,20 +274,6 @@ def test_logits_and_gradients_are_those_of_the_dense_weight(adapter: Adapter, mo
     for name, p in dense.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(mine[name], p.grad, rtol=0, atol=1e-12)
-
-
-def test_merged_weight_gives_the_same_output():
-    adapter, x = layer(3, scaling=0.7), drawn(4, 7)
-    factors = {n: getattr(adapter, n).weight for n in "ARB"}
-    torch.testing.assert_close(
-        nn.functional.linear(x, merged(adapter, factors).double(), adapter.base.bias),
-        adapter(x),
-        rtol=1e-5,  # merged in float32
-        atol=1e-5,
-    )
-    del factors["R"]
-    expected = adapter.base.weight + 0.7 * adapter.B.weight @ adapter.A.weight
-    torch.testing.assert_close(merged(adapter, factors).double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("middle", [True, False])

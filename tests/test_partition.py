@@ -312,7 +312,9 @@ def test_pictures_of_unlabelled_and_very_uneven_data(tmp_path):
     dataset = Dataset(train=examples, evaluation=examples, columns={"key": keys})
     for num_clients in (5, 121):
         shards = Natural(column="key").split(dataset, num_clients, 0)
-        plot_partition(tmp_path / "partition.png", shards, dataset)
+        path = tmp_path / f"{num_clients}.png"
+        plot_partition(path, shards, dataset)
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

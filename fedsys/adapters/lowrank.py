@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsys.params import Params
-
 ALL_LINEAR = "all-linear"
 OUTPUT_LAYERS = ("head", "classifier", "score", "lm_head", "embed_out")
 
@@ -117,13 +115,6 @@ def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRank]]:
     for name, module in model.named_modules():
         if isinstance(module, LowRank):
             yield name, module
-
-
-def merged(adapter: LowRank, params: Params) -> Tensor:
-    """Return ``W + scaling * B [R] A`` (out, in) for the factors ``params`` of one layer."""
-    weight = weight_of(adapter.base).float()
-    low = params["R"] @ params["A"] if "R" in params else params["A"]
-    return weight + adapter.scaling * (params["B"] @ low)
 
 
 def _ends(name: str, endings: Sequence[str]) -> bool:
