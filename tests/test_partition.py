@@ -106,39 +106,57 @@ def test_iid_is_shuffled(digits):
     assert not torch.equal(rows.sort().values, torch.arange(len(rows)))
 
 
+def class_counts(shards, dataset):
+    parts = [dataset.train.labels[rows] for rows in map(shards.rows, range(len(shards)))]
+    return [torch.bincount(part, minlength=10).tolist() for part in parts]
+
+
 @pytest.mark.parametrize("alpha", [0.02, 0.1, 1.0, 50.0])
 def test_dirichlet_fedau_is_the_loop_of_its_authors(alpha, digits):
     clients, seed = 23, 7
     labels = digits.train.labels.tolist()
     mixes = numpy_generator(seed, "partition").dirichlet([alpha] * 10, size=clients)
-    expected: list[list[int]] = [[] for _ in range(clients)]
+    expected = [[0] * 10 for _ in range(clients)]
     for c in range(10):
-        members = [row for row, label in enumerate(labels) if label == c]
-        total, reached, start = sum(mix[c] for mix in mixes), 0.0, 0
+        members, start = labels.count(c), 0
+        total, reached = sum(mix[c] for mix in mixes), 0.0
         for client in range(clients):
             reached += mixes[client][c]
-            end = round(len(members) * (reached / total))
-            expected[client] += members[start:end]
+            end = round(members * (reached / total))
+            expected[client][c] = end - start
             start = end
     shards = DirichletFedAU(alpha=alpha, allow_empty=True).split(digits, clients, seed)
-    assert all_rows(shards) == [sorted(part) for part in expected]
+    assert class_counts(shards, digits) == expected
 
 
 def test_dirichlet_frl_rounds_and_gives_the_rest_to_the_last(digits):
     clients, seed, alpha = 9, 3, 0.7
     labels = digits.train.labels.tolist()
     shares = numpy_generator(seed, "partition").dirichlet([alpha] * clients, size=10)
-    expected: list[list[int]] = [[] for _ in range(clients)]
+    expected = [[0] * 10 for _ in range(clients)]
     for c in range(10):
-        members = [row for row, label in enumerate(labels) if label == c]
-        start = 0
+        members, start = labels.count(c), 0
         for client in range(clients - 1):
-            end = min(len(members), start + round(len(members) * shares[c][client]))
-            expected[client] += members[start:end]
+            end = min(members, start + round(members * shares[c][client]))
+            expected[client][c] = end - start
             start = end
-        expected[-1] += members[start:]
+        expected[-1][c] = members - start
     shards = DirichletFRL(alpha=alpha).split(digits, clients, seed)
-    assert all_rows(shards) == [sorted(part) for part in expected]
+    assert class_counts(shards, digits) == expected
+
+
+@pytest.mark.parametrize("kind", [DirichletFedAU, DirichletFRL])
+def test_dirichlet_skews_labels_and_nothing_else(kind, digits):
+    # Rows of one writer lie together in the file; a client's rows of a class may not.
+    shards = kind(alpha=1.0, allow_empty=True).split(digits, 10, 0)
+    labels, apart = digits.train.labels, []
+    for client in range(10):
+        rows = shards.rows(client)
+        for c in range(10):
+            own = rows[labels[rows] == c]
+            place = torch.searchsorted((labels == c).nonzero().flatten(), own)
+            apart += (place.diff() > 1).tolist()
+    assert np.mean(apart) > 0.5
 
 
 @pytest.mark.parametrize("kind", [DirichletFedAU, DirichletFRL])
