@@ -1,6 +1,7 @@
 """What runs at a client: local training, of one client or of a cohort in one pass."""
 
-from clients.app import CohortApp, Site
+from clients.app import CohortApp
+from clients.site import Site
 from clients.training import LocalTraining
 
 __all__ = ["CohortApp", "LocalTraining", "Site"]

@@ -8,12 +8,14 @@ training are the first rows, and a client that has finished is out of reach of m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clients.private import Private, private_gradients
 from clients.training import LocalTraining
 from fedsys.attacks import flip_labels
 from fedsys.cohort import CohortModel
@@ -35,6 +37,15 @@ class Task:
     device: torch.device
     flipped: Tensor | None = None  # (K,) bool: who trains on label C - 1 - y in place of y
     num_classes: int = 0  # C
+    private: tuple[Private, ...] = ()  # one a client, where rows are protected
+
+    def first(self, clients: list[int]) -> "Task":
+        """Return the task of ``clients`` of this one's, in that order."""
+        return replace(
+            self,
+            flipped=None if self.flipped is None else self.flipped[clients],
+            private=tuple(self.private[k] for k in clients) if self.private else (),
+        )
 
 
 def train_cohort(
@@ -43,12 +54,13 @@ def train_cohort(
     """Train K clients from ``start`` and return x_n (K, size) and mean losses (K,).
 
     ``start`` is x_t (size,), or (K, size) where every client has its own. ``batches`` holds each
-    client's row numbers (steps_k, batch_size), -1 for no row.
+    client's row numbers (steps_k, size_k), -1 for no row. Where rows are protected, no loss is
+    known: the losses are NaN.
     """
     order = sorted(range(len(batches)), key=lambda k: -len(batches[k]))
     start = start[order] if start.dim() == 2 else start
-    flipped = None if task.flipped is None else task.flipped[order]
-    plan = nn.utils.rnn.pad_sequence([batches[k] for k in order], True, -1)
+    task = task.first(order)
+    plan = _padded([batches[k] for k in order])
     steps = torch.tensor([len(batches[k]) for k in order])
     trained = start.expand(len(order), -1).clone()
     losses = torch.zeros(len(order))
@@ -58,11 +70,10 @@ def train_cohort(
         if (still := int((steps > step).sum())) < active:
             active = still
             flat, leaves, optimizer = _begin(task, trained[:active], lr, optimizer)
-        batch = gather(task.examples, plan[:active, step], task.device)
-        if flipped is not None:
-            _flip(batch, flipped[:active], task.num_classes)
+        gradients = _private_gradients if task.private else _gradients
+        losses[:active] += gradients(task, flat, leaves, plan[:active, step])
         origin = start[:active] if start.dim() == 2 else start
-        losses[:active] += _step(task, optimizer, flat, leaves, batch, origin, steps[:active], step)
+        _step(task, optimizer, flat, leaves, origin, steps[:active], step)
     losses /= steps
     if order == sorted(order):
         return trained, losses
@@ -70,26 +81,54 @@ def train_cohort(
     return trained.index_select(0, back.to(trained.device)), losses[back]
 
 
-def _step(
-    task: Task,
-    optimizer: Optimizer,
-    flat: nn.Parameter,
-    leaves: Params,
-    batch: Batch,
-    start: Tensor,
-    steps: Tensor,
-    step: int,
-) -> Tensor:
-    """Take one local step of every active client and return their losses (K,)."""
+def _padded(batches: list[Tensor]) -> Tensor:
+    """Return the clients' plans (steps_k, size_k) as one (K, steps, size), -1 where there is none."""
+    steps, size = (max(part.shape[dim] for part in batches) for dim in (0, 1))
+    parts = [F.pad(p, (0, size - p.shape[1], 0, steps - len(p)), value=-1) for p in batches]
+    return torch.stack(parts)
+
+
+def _gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> Tensor:
+    """Write the gradients of the losses on ``rows`` (K, B), and return the losses (K,)."""
+    batch = gather(task.examples, rows, task.device)
+    if task.flipped is not None:
+        each = len(batch["labels"]) // len(rows)
+        _flip(batch, task.flipped[: len(rows)].repeat_interleave(each), task)
     labels = batch.pop("labels")
     losses = client_losses(task.model(**batch), labels, len(flat))
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
     if flat.grad is None:
         flat.grad = torch.empty_like(flat)
     torch._foreach_copy_(list(task.model.layout.unpack(flat.grad).values()), gradients)
+    return losses.detach().float().cpu()
+
+
+def _private_gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> Tensor:
+    """Write the noised gradients of the lots ``rows`` (K, B), and return NaN (K,)."""
+    owner, column = (rows >= 0).nonzero(as_tuple=True)
+    batch = task.examples.batch(rows[owner, column])
+    if task.flipped is not None:
+        _flip(batch, task.flipped[owner], task)
+    batch = {name: value.to(task.device, non_blocking=True) for name, value in batch.items()}
+    clients = task.private[: len(flat)]
+    flat.grad = private_gradients(task.model, flat.detach(), batch, owner.to(task.device), clients)
+    return torch.full((len(flat),), torch.nan)
+
+
+def _step(
+    task: Task,
+    optimizer: Optimizer,
+    flat: nn.Parameter,
+    leaves: Params,
+    start: Tensor,
+    steps: Tensor,
+    step: int,
+) -> None:
+    """Take one local step of every active client; the gradients of their losses are there."""
+    # After the noise of private training, so that what a strategy adds is not clipped away.
     with torch.no_grad():
         extra = task.local_gradient(leaves, task.model.layout.unpack(start))
-    if extra:
+    if extra and flat.grad is not None:
         # A name the strategy leaves out stands for zeros.
         flat.grad += _join([extra.get(name, torch.zeros_like(x)) for name, x in leaves.items()])
     if task.training.varies_in_round:
@@ -100,7 +139,6 @@ def _step(
         flat.data.copy_(torch.lerp(before, flat.data, factors[:, None]))
     else:
         optimizer.step()
-    return losses.detach().float().cpu()
 
 
 def _begin(
@@ -123,11 +161,11 @@ def _begin(
     return flat, leaves, optimizer
 
 
-def _flip(batch: Batch, flipped: Tensor, num_classes: int) -> None:
-    """Replace label y by C - 1 - y in the rows of the clients in ``flipped`` (K,)."""
+def _flip(batch: Batch, flipped: Tensor, task: Task) -> None:
+    """Replace label y by C - 1 - y in the rows that ``flipped`` (rows,) names."""
     labels = batch["labels"]
-    rows = flipped.repeat_interleave(len(labels) // len(flipped)).to(labels.device)
-    batch["labels"] = torch.where(rows, flip_labels(labels, num_classes), labels)
+    other = flip_labels(labels, task.num_classes)
+    batch["labels"] = torch.where(flipped.to(labels.device), other, labels)
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

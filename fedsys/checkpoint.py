@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from fedsys.arrays import TensorArray
 from fedsys.errors import RunError
 from fedsys.params import Params, digest
+from fedsys.privacy.release import Release
 from fedsys.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,12 @@ class Checkpoints:
             "memory": list(snapshot.memory),
             "base": list(snapshot.base),
             "moves": list(snapshot.moves),
+            "shield": list(snapshot.shield),
             "version": snapshot.version,
             "basis": snapshot.basis,
             "nodes": snapshot.nodes,
+            "spent": {str(c): [astuple(r) for r in spent] for c, spent in snapshot.spent.items()},
+            "ledger": snapshot.anchor,
             "frozen": self._basis,
             "clients": {str(c): _pack_records(state, tensors) for c, state in clients.items()},
         }
@@ -138,11 +142,14 @@ class Checkpoints:
             frozen=frozen,
             base={name: tensors[f"base/{name}"] for name in meta["base"]},
             moves={name: tensors[f"moves/{name}"] for name in meta["moves"]},
+            shield={name: tensors[f"shield/{name}"] for name in meta["shield"]},
             version=meta["version"],
             basis=meta["basis"],
             informed=dict(tensors["informed"].tolist()),
             accepted=dict(tensors["accepted"].tolist()),
             nodes=meta["nodes"],
+            spent={int(c): tuple(Release(*r) for r in s) for c, s in meta["spent"].items()},
+            anchor=meta["ledger"],
         )
         clients = {int(c): _unpack_records(r, tensors) for c, r in meta["clients"].items()}
         return snapshot, clients
@@ -155,7 +162,7 @@ def _round_of(checkpoint: Path) -> int:
 def _tensors_of(snapshot: Snapshot) -> Params:
     tensors = {
         f"{part}/{name}": value
-        for part in ("params", "memory", "base", "moves")
+        for part in ("params", "memory", "base", "moves", "shield")
         for name, value in getattr(snapshot, part).items()
     }
     tensors |= _leaves("state", snapshot.state)

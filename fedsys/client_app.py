@@ -7,6 +7,7 @@ from flwr.app import Context
 
 from clients import CohortApp, Site
 from fedsys.federation import assemble
+from fedsys.protection import protect_clients
 from fedsys.server_app import experiment_of
 
 
@@ -17,7 +18,9 @@ def _site(context: Context) -> Site:
 @cache
 def _load(settings: str) -> Site:
     # A process may serve many messages: the data and the model are loaded once.
-    return assemble(experiment_of(json.loads(settings))).site
+    federation = assemble(experiment_of(json.loads(settings)))
+    protect_clients(federation)  # until the process ends
+    return federation.site
 
 
 app = CohortApp(_site)

@@ -4,6 +4,7 @@ Classes are told by their names, so that this module imports none of them and a 
 treated as what it derives from.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedsys.compose import TARGET, option
@@ -35,6 +36,7 @@ def conflicts(experiment: "Experiment") -> list[str]:
         *_adapters(experiment),
         *_compression(experiment),
         *_robustness(experiment),
+        *_privacy(experiment),
         *_data(experiment),
         *_numbers(experiment),
     ]
@@ -68,6 +70,8 @@ def _adapters(experiment: "Experiment") -> list[str]:
             f"{_said(experiment, 'strategy')} with adapter.init={first}: only strategy=fed_sb runs"
             " the phase that takes B and A from the first gradient; set adapter.init=seeded_random"
         )
+    if first == "private" and not _is(experiment.privacy, "SamplePrivacy"):
+        reasons.append("adapter.init=private needs privacy=sample, whose noise protects it")
     if first == "public" and not _public(experiment.data):
         reasons.append(
             "adapter.init=public needs data.public_fraction above 0: the first step is estimated"
@@ -153,6 +157,18 @@ def _robustness(experiment: "Experiment") -> list[str]:
                 " defence=norm_clip composes"
             )
     return reasons
+
+
+def _privacy(experiment: "Experiment") -> list[str]:
+    if _is(experiment.privacy, "ClientPrivacy"):
+        from fedsys.privacy import client_conflicts
+
+        return client_conflicts.refusals(experiment, partial(_said, experiment))
+    if _is(experiment.privacy, "SamplePrivacy"):
+        from fedsys.privacy import sample_conflicts
+
+        return sample_conflicts.refusals(experiment)
+    return []
 
 
 def _public(data: Any) -> bool:

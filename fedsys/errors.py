@@ -28,3 +28,19 @@ class ClientFailure(RuntimeError):
 
 class RunError(RuntimeError):
     """A run cannot go on; the message says why and what to do."""
+
+
+class LedgerError(RunError):
+    """The privacy ledger cannot be read, written or believed; the message says where and why."""
+
+
+class PrivacyBudgetExceeded(Exception):
+    """A client refuses to train, since it would spend more than its budget."""
+
+    def __init__(self, client: str, epsilon: float, target: float) -> None:
+        self.client = client
+        self.epsilon = epsilon
+        self.target = target
+        super().__init__(
+            f"client {client} would have spent epsilon {epsilon:.6g}, above its target {target:.6g}"
+        )

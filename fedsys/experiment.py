@@ -1,7 +1,7 @@
 """A run from beginning to end: assemble, train, write the result; and how to go on with one."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,11 @@ from fedsys.federation import Federation, assemble, chunk_size
 from fedsys.models.hub import PACKAGED
 from fedsys.params import Params
 from fedsys.participation_picture import plot_participation
+from fedsys.privacy.observed import Observed
+from fedsys.protection import protected
 from fedsys.records import RoundRecord
 from fedsys.run_folder import Metrics, RunFolder
+from fedsys.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -89,54 +92,78 @@ def run_federation(
     folder = RunFolder(experiment.out, experiment.rounds, experiment.checkpoint, clients, observer)
     folder.on_factors = federation.site.take
     folder.on_base = lambda snapshot: federation.site.rebase(snapshot.base, snapshot.basis)
+    if federation.planted is not None:
+        folder.observed = Observed(experiment.out / "audit", federation.model.layout)
     with folder.locked():
         if not folder.exists():
             _describe_partition(federation)
             folder.create(experiment.resolved, experiment.overrides)
-        try:
-            observer.phase("training")
-            federation.strategy.start(
-                grid,
-                federation.initial,
-                experiment.rounds,
-                experiment.timeout,
-                evaluate_fn=partial(_evaluate, federation, folder),
-                recorder=folder,
-            )
-            _describe_participation(federation, folder)
-            observer.phase("writing the adapter")
-            _export(federation, folder.params, experiment.out / "adapter")
-        except BaseException as error:
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            reason = f"{type(error).__name__}: {error}"
-            folder.summarise(status, **federation.facts(), engine=engine, reason=reason)
-            raise
-        summary = folder.summarise("completed", **federation.facts(), engine=engine)
+        with protected(federation, clients_here=engine == "local") as folder.ledger:
+            summary = _train(federation, grid, folder, observer, engine)
     result = RunResult(experiment.out, summary, folder.lines(), folder.params, experiment)
     observer.finished(result)
     return result
 
 
+def _train(
+    federation: Federation, grid: Grid, folder: RunFolder, observer: Observer, engine: str
+) -> Metrics:
+    """Run all rounds, write the result, and return the summary, which is written in any case."""
+    experiment = federation.experiment
+    try:
+        observer.phase("training")
+        federation.strategy.start(
+            grid,
+            federation.initial,
+            experiment.rounds,
+            experiment.timeout,
+            evaluate_fn=partial(_evaluate, federation, folder),
+            recorder=folder,
+        )
+        _describe_participation(federation, folder)
+        observer.phase("writing the adapter")
+        _export(federation, folder.params, experiment.out / "adapter")
+        accountants = federation.accountants(folder.spent)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        reason = f"{type(error).__name__}: {error}"
+        facts = federation.facts() | federation.spending(folder.spent)
+        folder.summarise(status, **facts, engine=engine, reason=reason)
+        raise
+    facts = federation.facts() | federation.spending(folder.spent) | accountants
+    return folder.summarise("completed", **facts, engine=engine)
+
+
 def export(folder: Path | str, directory: Path | str, merged: bool = False) -> Path:
     """Write the result of the run in ``folder`` to ``directory``; return the directory."""
-    experiment = saved_experiment(Path(folder))
-    federation = assemble(experiment)
-    checkpoints = Checkpoints(experiment.out / "checkpoints")
-    restored = checkpoints.load(federation.first_snapshot())
-    if restored is None:
-        raise RunError(f"{folder} has no checkpoint to export; run it with checkpoint.every=1")
-    snapshot, _ = restored
-    if snapshot.frozen:
-        federation.site.take(snapshot.frozen)
-    if snapshot.version:
-        federation.site.rebase(snapshot.base, snapshot.basis)
+    federation, snapshot = restored(saved_experiment(Path(folder)))
     out = Path(directory)
     if merged:
-        tokenizer = experiment.model.tokenizer()
+        tokenizer = federation.experiment.model.tokenizer()
         write_merged(federation.model.model, snapshot.params, out, tokenizer)
     else:
         _export(federation, snapshot.params, out)
     return out
+
+
+def restored(
+    experiment: Experiment, phase: Callable[[str], None] = lambda _: None
+) -> tuple[Federation, Snapshot]:
+    """Return the federation of a run that was saved, and where its last checkpoint left it.
+
+    Raises ``RunError`` where there is no checkpoint.
+    """
+    federation = assemble(experiment, phase)
+    checkpoints = Checkpoints(experiment.out / "checkpoints")
+    found = checkpoints.load(federation.first_snapshot())
+    if found is None:
+        raise RunError(f"{experiment.out} has no checkpoint; run it with checkpoint.every=1")
+    snapshot, _ = found
+    if snapshot.frozen:
+        federation.site.take(snapshot.frozen)
+    if snapshot.version:
+        federation.site.rebase(snapshot.base, snapshot.basis)
+    return federation, snapshot
 
 
 def _evaluate(

@@ -4,7 +4,7 @@ What fedsys, strategies and clients keep apart is put together here and nowhere 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,10 @@ from fedsys.models import choose_attention
 from fedsys.params import Params
 from fedsys.participation import SupportsFit, SupportsMarginals
 from fedsys.population import Population
+from fedsys.privacy.canaries import Canaries, Planted
+from fedsys.privacy.release import Spent
+from fedsys.privacy.sample_level import SamplePrivacy
+from fedsys.protection import account_of, data_name
 from fedsys.snapshot import Snapshot
 from fedsys.strategy import Strategy
 from strategies import FedSB
@@ -54,6 +58,7 @@ class Federation:
     strategy: Strategy
     site: Site
     device: torch.device
+    planted: Planted | None = None  # canaries among the rows, for an audit
 
     @property
     def initial(self) -> ArrayRecord:
@@ -88,6 +93,26 @@ class Federation:
             "trainable_parameters": self.model.layout.size,
         }
 
+    def spending(self, spent: Mapping[int, Spent]) -> dict[str, Any]:
+        """Return what ``summary.json`` says of the privacy that is spent; {} if nothing is private."""
+        account = self.strategy.account
+        if account is None:
+            return {}
+        return {
+            "epsilon": account.epsilon(spent),
+            "delta": account.delta,
+            "privacy": account.facts(),
+        }
+
+    def accountants(self, spent: Mapping[int, Spent]) -> dict[str, Any]:
+        """Return epsilon by three accountants, for the client that has spent most.
+
+        Raises ``AccountingError`` when they disagree by more than they can.
+        """
+        account = self.strategy.account
+        figures = account.figures(spent) if account is not None else None
+        return {} if figures is None else {"accountants": figures.as_dict()}
+
 
 def assemble(experiment: Experiment, phase: Callable[[str], None] = lambda _: None) -> Federation:
     """Load the data and the model and attach the adapter; ``phase`` is told what goes on.
@@ -114,6 +139,8 @@ def _assemble(experiment: Experiment, phase: Callable[[str], None]) -> Federatio
     if experiment.dtype == "float64":
         dataset = dataset.double()
     shards = experiment.partition.split(dataset, experiment.num_clients, experiment.seed)
+    if (planted := _planted(experiment, dataset, shards)) is not None:
+        dataset, shards = planted.dataset, planted.shards
     phase("loading the model")
     model = CohortModel(build_model(experiment, dataset, device)).to(device)
     strategy = _strategy(experiment, model, dataset, shards, device)
@@ -140,8 +167,17 @@ def _assemble(experiment: Experiment, phase: Callable[[str], None]) -> Federatio
         else MemoryStore(),
         flips_below=attack.malicious(len(shards)) if flips else 0,
         num_classes=dataset.num_classes or 0,
+        data=data_name(experiment),
+        protects=getattr(experiment.privacy, "unit", "") == "record",
     )
-    return Federation(experiment, dataset, shards, model, strategy, site, device)
+    return Federation(experiment, dataset, shards, model, strategy, site, device, planted)
+
+
+def _planted(experiment: Experiment, dataset: Dataset, shards: Shards) -> Planted | None:
+    privacy = experiment.privacy
+    if not isinstance(privacy, SamplePrivacy) or privacy.canaries is None:
+        return None
+    return Canaries(count=privacy.canaries).plant(dataset, shards, experiment.seed)
 
 
 def build_model(experiment: Experiment, dataset: Dataset, device: torch.device) -> nn.Module:
@@ -201,6 +237,7 @@ def _strategy(
         "on_client_error": experiment.on_client_error,
         "min_clients": len(shards),
         "layout": model.layout,
+        "account": account_of(experiment, shards, participation),
     }
     adapter = experiment.adapter
     if isinstance(experiment.strategy, FedSB) and isinstance(adapter, LoRASB):

@@ -135,6 +135,20 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    _overrides(parser)
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time; else one a core")
+    parser.add_argument(
+        "--skip-refused", action="store_true", help="leave out what cannot be run, do the others"
+    )
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", metavar="RUN_OR_SWEEP", type=Path, help="the folder of a run or of a sweep"
+    )
+
+
 def _settings() -> str:
     """Return the groups with their options, and the other keys as config.yaml explains them."""
     chosen = chosen_by_default()
@@ -226,6 +240,60 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     return int(not result.passed)
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ConfigError([f"--jobs {arguments.jobs}: must be at least 1"])
+    from fedsys import sweeps
+    from fedsys.console import show_table
+
+    results = sweeps.sweep(arguments.overrides, arguments.jobs, arguments.skip_refused, _say)
+    show_table(sweeps.by_seed(results))
+    if results.unfinished:
+        sys.stdout.write("\n")
+        show_table(sweeps.failures(results.unfinished))
+    _say(f"results: {results.table}")
+    try:
+        from fedsys.report import write_report
+
+        _say(f"report: {write_report(results.folder)}")
+    except ModuleNotFoundError as error:
+        _say(f"no report.html: {error}; pip install 'fedsys[report]'")
+    return int(bool(results.unfinished))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from fedsys.report import write_report
+
+    try:
+        sys.stdout.write(f"{write_report(arguments.folder)}\n")
+    except ModuleNotFoundError as error:
+        return _fail(f"no report.html: {error}; pip install 'fedsys[report]'", 1)
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    _check_run(arguments.run)
+    from fedsys.auditing import audit_run, rows
+    from fedsys.console import show_table
+
+    _quieten()
+    found = audit_run(arguments.run, _say)
+    show_table([("run folder", str(arguments.run)), *rows(found)])
+    return int(found.contradicts)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    _check_run(arguments.run)
+    from fedsys.console import show_table
+    from fedsys.privacy.verify import verify
+
+    report = verify(arguments.run)
+    show_table(report.rows())
+    for problem in report.problems:
+        _say(f"  - {problem}")
+    return int(bool(report.problems))
+
+
 def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
@@ -244,12 +312,23 @@ def _quieten() -> None:
 
 VERBS = {
     "run": Verb("Run one experiment.", _run_arguments, _run, _settings),
+    "sweep": Verb(
+        "Run a grid: key=v1,v2 sweeps a key, and what is complete is not done again.",
+        _sweep_arguments,
+        _sweep,
+        _settings,
+    ),
     "resume": Verb("Continue a run from its last checkpoint.", _folder, _resume),
+    "report": Verb(
+        "Write report.html of a run or a sweep, as far as it went.", _report_arguments, _report
+    ),
     "doctor": Verb(
         "Check a configuration and this machine without training.", _overrides, _doctor, _settings
     ),
+    "audit": Verb("Attack a run that has canaries: its measured epsilon.", _folder, _audit),
     "export": Verb(
         "Write the adapter in the layout of PEFT, or the whole model.", _export_arguments, _export
     ),
+    "verify": Verb("Recompute epsilon from the ledger alone.", _folder, _verify),
     "reproduce": Verb("Set our figures beside a paper's.", _reproduce_arguments, _reproduce),
 }

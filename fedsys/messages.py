@@ -10,7 +10,8 @@
                    it that was ``accepted`` last and the ``checkpoints`` the server may go back to
     up    arrays   x_n, in the form that came down, or what a codec makes of it
           metrics  num-examples, train_loss, whatever else the client reports
-          reply    ``basis``: the digest of the factors the client trained with
+          reply    ``basis``: the digest of the factors the client trained with; ``spent``: what a
+                   private client has released in all, as (z, q, steps) one after the other
 
 One packed vector keeps the framing of many small matrices below a few per cent of the payload.
 An app of somebody else's knows nothing of it and meets plain named arrays.
@@ -21,6 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -29,15 +31,18 @@ from torch import Tensor
 from fedsys.arrays import TensorArray, array_bytes, tensor_of
 from fedsys.errors import ClientFailure
 from fedsys.params import Layout, Params
+from fedsys.privacy.release import Release, Spent, merged
 from fedsys.update import Update
 
 ARRAYS, FROZEN, CONFIG, METRICS, REPLY = "arrays", "frozen", "config", "metrics", "reply"
 PACKED = "packed"
 ROUND, BASIS, NUM_EXAMPLES, CLIENT = "server-round", "basis", "num-examples", "client"
 BASE, MOVES, ACCEPTED, CHECKPOINTS = "base", "moves", "accepted", "checkpoints"
+SPENT = "spent"
 MAX_EXAMPLES = 2**53  # beyond it a count is no longer exact as a float
 
 _R = TypeVar("_R", ArrayRecord, MetricRecord)
+_MAX_RELEASES = 256  # mechanisms of one client
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # What Flower's serialisation puts around a record and an array: types, hashes, lengths.
 _PER_RECORD, _PER_ARRAY = 160, 330
@@ -84,6 +89,12 @@ def config_of(content: RecordDict) -> ConfigRecord:
     if not isinstance(record, ConfigRecord):
         raise ValueError(f"the message has no settings called {CONFIG!r}")
     return record
+
+
+def checkpoints_of(config: ConfigRecord) -> list[int]:
+    """Return the rounds that the server may go back to, as far as it says so."""
+    rounds = config.get(CHECKPOINTS, [])
+    return [int(r) for r in rounds] if isinstance(rounds, list) else []
 
 
 def read_update(
@@ -155,6 +166,37 @@ def content_of(reply: Message) -> RecordDict:
         lines = _COLOUR.sub("", reply.error.reason or "").strip().splitlines()
         raise ValueError(lines[-1].strip()[:500] if lines else f"error code {reply.error.code}")
     return reply.content
+
+
+def spent_numbers(spent: Spent) -> list[float]:
+    """Return the releases as one list, which records can hold."""
+    # Flower has no empty lists: no step says that nothing was released.
+    releases = spent or (Release(1.0, 1.0, 0),)
+    return [float(number) for release in releases for number in astuple(release)]
+
+
+def read_spent(reply: Message, client: int) -> Spent:
+    """Return what the client says it has released in all.
+
+    Raises ``ClientFailure`` when it says nothing, or what cannot be.
+    """
+    with _blaming(client):
+        content = content_of(reply)
+        numbers = content[REPLY].get(SPENT) if REPLY in content else None
+        if not isinstance(numbers, list) or not numbers or len(numbers) % 3:
+            raise ValueError("a private run needs what the client has spent, and it says nothing")
+        if len(numbers) > 3 * _MAX_RELEASES:
+            raise ValueError(f"the client has spent on more than {_MAX_RELEASES} mechanisms")
+        return merged(
+            Release(float(z), float(q), _whole(steps))
+            for z, q, steps in zip(*(map(float, numbers[i::3]) for i in range(3)), strict=True)
+        )
+
+
+def _whole(number: float) -> int:
+    if not 0 <= number <= MAX_EXAMPLES or number % 1:
+        raise ValueError(f"steps must be a whole number, got {number}")
+    return int(number)
 
 
 def numbers(params: Params) -> int:

@@ -10,6 +10,7 @@ from flwr.serverapp.strategy import Result
 from fedsys import messages
 from fedsys.errors import ClientFailure
 from fedsys.params import Layout, Params
+from fedsys.privacy.release import Spent
 from fedsys.records import RoundRecord
 from fedsys.update import Update
 
@@ -32,10 +33,12 @@ class Round:
         basis: str = "",
         decode: Callable[[int, Params], Params] | None = None,  # of (client, arrays)
         shadow: Collection[int] = (),
+        private: bool = False,
     ) -> None:
         """Expect replies to ``sent`` from the clients of ``nodes``, trained with ``basis``.
 
         Clients in ``shadow`` train for an adversary's knowledge: what they send is not counted.
+        In a ``private`` round a reply that does not say what its client has spent is not used.
         """
         self.index = index
         self.nodes = nodes
@@ -44,6 +47,8 @@ class Round:
         self.basis = basis
         self.decode = decode
         self.shadow = shadow
+        self.private = private
+        self.spent: dict[int, Spent] = {}  # what each private client has released so far
         self.answered: list[int] = []
         self.failures: list[ClientFailure] = []
         self.bytes_up = self.bytes_down = self.bytes_init = 0
@@ -73,6 +78,7 @@ class Round:
         for client, reply in self._arrivals(replies, excluded):
             decode = partial(self.decode, client) if self.decode else None
             try:
+                self._note_spent(client, reply)
                 update = messages.read_update(
                     reply, client, self.sent, self.layout, self.basis, decode
                 )
@@ -90,6 +96,7 @@ class Round:
         """Yield (client, finite arrays of ``shapes``) of the usable replies in order of clients."""
         for client, reply in self._arrivals(replies, excluded):
             try:
+                self._note_spent(client, reply)
                 yield client, messages.read_arrays(reply, client, shapes)
             except ClientFailure as failure:
                 self._exclude(failure, excluded)
@@ -180,6 +187,11 @@ class Round:
             return
         self.failures.append(failure)
         excluded(failure)
+
+    def _note_spent(self, client: int, reply: Message) -> None:
+        """Note what a private client has spent, whether or not its reply can be used."""
+        if self.private and reply.has_content():
+            self.spent[client] = messages.read_spent(reply, client)
 
     def _note(self, metrics: dict[str, float], num_examples: int) -> None:
         self._examples += num_examples

@@ -5,6 +5,7 @@ partition.json partition.png            who holds what
 metrics.jsonl                           a line a round; round 0 is the model before training
 participation.jsonl participation.png   whose updates were used in each round
 checkpoints/                            see fedsys.checkpoint
+audit/                                  of a run with canaries, see fedsys.privacy.observed
 summary.json adapter/                   at the end
 """
 
@@ -13,14 +14,15 @@ import json
 import os
 import platform
 import resource
+import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import OmegaConf
 
@@ -29,8 +31,14 @@ from fedsys.checkpoint import Checkpoints, ClientStates
 from fedsys.errors import ClientFailure, RunError
 from fedsys.json_lines import JsonLines, write_whole
 from fedsys.params import Params
+from fedsys.privacy.ledger import Head, Ledger
+from fedsys.privacy.release import Spent
 from fedsys.records import RoundRecord
 from fedsys.snapshot import Snapshot
+from fedsys.update import Update
+
+if TYPE_CHECKING:
+    from fedsys.privacy.observed import Observed
 
 PACKAGES = ("fedsys", "torch", "flwr", "numpy", "opacus", "hydra-core", "transformers", "peft")
 Metrics = dict[str, Any]
@@ -69,6 +77,9 @@ class RunFolder:
         self.on_factors: Callable[[Params], None] = lambda _: None  # told of them before round 1
         self.on_base: Callable[[Snapshot], None] = lambda _: None  # told whenever it has moved
         self.params: Params = {}  # x_t
+        self.spent: Mapping[int, Spent] = {}  # what each private client has released
+        self.ledger: Ledger | None = None  # of the clients of this process
+        self.observed: Observed | None = None  # what clients send, for an audit
         self._bytes_init = 0
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._participation = JsonLines(folder / "participation.jsonl")
@@ -105,6 +116,8 @@ class RunFolder:
             self._keep_lines(-1)
             return None
         snapshot, clients = found
+        if self.ledger is not None and snapshot.anchor:
+            self.ledger.check(Head.of(snapshot.anchor))
         self.clients.clear()
         self.clients.update(clients)
         self._keep_lines(snapshot.round)
@@ -113,7 +126,7 @@ class RunFolder:
     def prepared(self, snapshot: Snapshot, bytes_init: int) -> None:
         """Keep the frozen factors and hand them to whoever evaluates."""
         self._bytes_init = bytes_init
-        self.params = snapshot.params
+        self.params, self.spent = snapshot.params, snapshot.spent
         if snapshot.frozen:
             self.on_factors(snapshot.frozen)
         if snapshot.version:
@@ -126,6 +139,11 @@ class RunFolder:
         kept, keep = self._checkpoints.rounds(), self._checkpoints.keep
         # As many, so that the bytes of a message are the same after a resume.
         return ([0] * keep + kept)[-keep:] if self.every else []
+
+    def watch(self, snapshot: Snapshot, updates: Iterator[Update]) -> Iterator[Update]:
+        """Pass the updates on, noted where the run is to be audited."""
+        watching = self.observed
+        return updates if watching is None else watching.watch(snapshot.params, updates)
 
     def moved(self, snapshot: Snapshot) -> None:
         """Hand the moved base to whoever evaluates."""
@@ -140,9 +158,13 @@ class RunFolder:
         # The lines go first: one without a checkpoint is dropped at resume, never the reverse.
         self.write(record)
         self._participation.append(record.attendance())
-        self.params = snapshot.params
+        self.params, self.spent = snapshot.params, snapshot.spent
+        if self.observed is not None:
+            self.observed.write(snapshot.round)
         due = self.every and (snapshot.round % self.every == 0 or snapshot.round == self.rounds)
         if due:
+            if self.ledger is not None:
+                snapshot = replace(snapshot, anchor=self.ledger.head.as_dict())
             try:
                 self._checkpoints.save(snapshot, self.clients)
             except OSError as error:
@@ -190,6 +212,7 @@ class RunFolder:
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "epsilon": rounds[-1]["epsilon"] if rounds else None,
             "delta": None,
+            "ledger": self.ledger.head.as_dict() if self.ledger is not None else None,
             **facts,
         }
         write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -198,11 +221,14 @@ class RunFolder:
     def _keep_lines(self, last_round: int) -> None:
         self._metrics.keep(last_round)
         self._participation.keep(last_round)
+        if self.observed is not None:
+            self.observed.keep(last_round)
 
 
 def environment() -> Metrics:
     """Return the versions and the machine a run depends on."""
     return {
+        "run": secrets.token_hex(8),  # the run's id, by which ledgers know it
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

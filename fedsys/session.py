@@ -16,6 +16,8 @@ from fedsys.codec import At
 from fedsys.engines.base import connected, exchange
 from fedsys.errors import ClientFailure, RunError
 from fedsys.params import Params, chained, digest
+from fedsys.privacy.account import ClientAccount
+from fedsys.privacy.release import merged
 from fedsys.records import EvaluateFn, Recorder
 from fedsys.registry import Online, Registry
 from fedsys.rounds import Round, Shapes
@@ -62,6 +64,7 @@ class Session:
             memory=self.codec.start(params, num_clients) if self.codec else {},
             base=strategy.base(),
             nodes=self.registry.nodes,
+            shield=account.start() if (account := strategy.account) is not None else {},
         )
         self.round = self.evaluation = Round(0, {}, arrays)
         self._fruitless = 0  # rounds in a row in which every client failed
@@ -78,7 +81,7 @@ class Session:
         def ask(action: str, shapes: Shapes) -> Iterator[tuple[int, Params]]:
             drawn = (self.draw(0, attempt)[0] for attempt in range(_ATTEMPTS))
             cohort: dict[int, int] = next(filter(None, drawn), {})
-            phase = Round(0, cohort, self.arrays)
+            phase = Round(0, cohort, self.arrays, private=self._private)
             asked.append(phase)
             settings = ConfigRecord({messages.ROUND: 0, messages.BASIS: ""})
             content = RecordDict({messages.ARRAYS: self.arrays, messages.CONFIG: settings})
@@ -86,6 +89,7 @@ class Session:
             replies = exchange(self.grid, outgoing, self.timeout)
             yield from phase.arrays(replies, shapes, self.excluded)
             phase.close(self.excluded)
+            now.spent |= phase.spent
 
         now.params, now.frozen = self.strategy.prepare(now.params, ask)
         now.basis = digest(now.frozen) if now.frozen else ""
@@ -138,6 +142,8 @@ class Session:
                 break
         else:
             log.warning("round %d: no cohort has an honest majority", server_round)
+        if isinstance(self.strategy.account, ClientAccount):
+            cohort = self.strategy.account.admitted(cohort, self.now.spent)
         return cohort, state
 
     def accomplices(self, server_round: int, cohort: Collection[int]) -> dict[int, int]:
@@ -161,7 +167,9 @@ class Session:
                 return codec.decode(arrays, At(seed, server_round, client))
 
         layout, basis = self.strategy.layout, self.now.basis
-        self.round = Round(server_round, asked, self.arrays, layout, basis, decode, shadow)
+        self.round = Round(
+            server_round, asked, self.arrays, layout, basis, decode, shadow, self._private
+        )
         return self.round
 
     def received(self, updates: Iterable[Update]) -> Iterable[Update]:
@@ -181,7 +189,15 @@ class Session:
         """Return the direction of ``updates``, and advance the memory it is made with."""
         now = self.now
         now.state = self.strategy.resize(now.state, len(self.registry))
-        if self.codec is not None and self.codec.merges:
+        account = self.strategy.account
+        if isinstance(account, ClientAccount):
+            asked = [client for client in self.round.nodes if client not in self.round.shadow]
+            direction, now.shield, costs = account.merge(
+                updates, now.params, now.shield, asked, self.round.index
+            )
+            for client, cost in costs.items():
+                now.spent[client] = merged((*now.spent.get(client, ()), cost))
+        elif self.codec is not None and self.codec.merges:
             direction, now.memory = self.codec.merge(updates, now.memory, len(self.registry))
         else:
             direction, now.state = self.strategy.combine(updates, now.state)
@@ -203,10 +219,11 @@ class Session:
     ) -> Iterator[tuple[int, RecordDict]]:
         """Yield each client with what is sent to it; what is equal is one object."""
         config[messages.BASIS] = self.now.basis
+        keeps = self._remembers or self.strategy.account is not None
+        if rounds := self.recorder.checkpoints() if keeps else []:  # Flower has no empty lists
+            config[messages.CHECKPOINTS] = rounds
         known = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: config})
         missing: dict[str, RecordDict] = {}
-        rounds = self.recorder.checkpoints() if self._remembers else []
-        checkpoints = {messages.CHECKPOINTS: rounds} if rounds else {}  # Flower has no empty lists
         for client in clients:
             lacks = self._lacks(client)
             if lacks is None:
@@ -216,10 +233,9 @@ class Session:
                 missing[lacks] = content
             if self._tells_numbers:
                 content = content.copy()
-                own: dict[str, int | list[int]] = {messages.CLIENT: client}
+                own = {messages.CLIENT: client}
                 if self._remembers:
-                    accepted = self.now.accepted.get(client, 0)
-                    own |= {messages.ACCEPTED: accepted, **checkpoints}
+                    own[messages.ACCEPTED] = self.now.accepted.get(client, 0)
                 content[messages.CONFIG] = ConfigRecord({**config, **own})
             yield client, content
 
@@ -246,6 +262,7 @@ class Session:
         now, current = self.now, self.round
         current.close(self.excluded)
         now.round = server_round
+        now.spent |= current.spent
         if now.base or self.sends_factors:
             now.informed.update(dict.fromkeys(current.answered, now.version))
             for client in {failure.client for failure in current.failures} & current.nodes.keys():
@@ -298,6 +315,9 @@ class Session:
             result.evaluate_metrics_clientapp[server_round] = metrics
         self.evaluate(server_round, evaluate_fn, result)
         record = self.round.record(result, time.perf_counter() - began)
+        if strategy.account is not None:
+            record.epsilon = strategy.account.epsilon(self.now.spent)
+            record.train_loss = None  # no noise is on it
         for failure in self.evaluation.failures:
             record.failures += 1
             record.reasons.append(f"evaluation: {failure}")
@@ -312,6 +332,12 @@ class Session:
     @property
     def _remembers(self) -> bool:
         return self.codec is not None and self.codec.remembers
+
+    @property
+    def _private(self) -> bool:
+        """Whether clients protect their rows, and say what that has cost."""
+        account = self.strategy.account
+        return account is not None and account.unit == "record"
 
     @property
     def _tells_numbers(self) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedsys.params import Params
+from fedsys.privacy.release import Spent
 
 State = Any  # a tree (tuples, dicts) of tensors
 
@@ -24,4 +25,7 @@ class Snapshot:
     basis: str = ""  # digest of all that is frozen and shared
     informed: dict[int, int] = field(default_factory=dict)  # client -> version that it holds
     accepted: dict[int, int] = field(default_factory=dict)  # client -> last round it was used in
+    spent: dict[int, Spent] = field(default_factory=dict)  # client -> all that it has released
+    shield: Params = field(default_factory=dict)  # of a server that protects its clients
+    anchor: dict[str, Any] = field(default_factory=dict)  # where the ledger of this process ended
     nodes: list[int] = field(default_factory=list)  # node of each client; [] where it follows

@@ -27,6 +27,7 @@ from fedsys.codec import Codec
 from fedsys.defences import Defence
 from fedsys.params import Layout, Params, add, weighted_mean
 from fedsys.participation import Participation, Uniform
+from fedsys.privacy.account import Account
 from fedsys.records import EvaluateFn, NoRecorder, Recorder
 from fedsys.rounds import Ask, Round
 from fedsys.session import Session
@@ -60,6 +61,7 @@ class Strategy(FlowerStrategy):
     compression: Codec | None = None  # of what clients send, with its error feedback
     attack: Attack | None = None
     defence: Defence | None = None
+    account: Account | None = None  # of the privacy that is spent
     # How often each client takes part, (N,), where that is known.
     rates: Tensor | None = field(default=None, compare=False)
 
@@ -167,7 +169,7 @@ class Strategy(FlowerStrategy):
         """Check, combine and step; (None, None) when no update could be used."""
         session = self._under_way()
         now, current = session.now, session.round
-        updates = current.updates(replies, session.excluded)
+        updates = session.recorder.watch(now, current.updates(replies, session.excluded))
         direction = session.merge(session.received(updates))
         for _ in updates:  # a combine that stopped early must not hide failures
             pass

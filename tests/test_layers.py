@@ -14,7 +14,15 @@ NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 # Entry points put the layers together; every other module of fedsys knows no algorithm.
 ENTRY_POINTS = {
     f"fedsys/{name}.py"
-    for name in ("federation", "experiment", "config", "main", "server_app", "client_app")
+    for name in (
+        "federation",
+        "protection",
+        "experiment",
+        "config",
+        "main",
+        "server_app",
+        "client_app",
+    )
 }
 MAY_IMPORT = {
     "fedsys": {"fedsys"},

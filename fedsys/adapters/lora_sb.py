@@ -14,6 +14,7 @@ The factors stay in float32: the authors' code rounds them to bfloat16, which co
 orthonormality (B^T B - I of 4e-3).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -33,13 +34,13 @@ from fedsys.adapters.lowrank import (
 from fedsys.cohort import CohortModel
 from fedsys.data.examples import Batch
 from fedsys.losses import row_losses
-from fedsys.params import Params
+from fedsys.params import Params, norm
 from fedsys.seeds import forked, generator
 
 EXACT_SVD = 2048  # the smaller side up to which the full SVD is taken
 OVERSAMPLING = 10  # extra directions of the randomised SVD beyond it
 
-Init = Literal["client_sum", "public", "seeded_random"]
+Init = Literal["client_sum", "private", "public", "seeded_random"]
 Gradient = Literal["raw", "sign"]
 Start = Literal["zero", "singular"]
 _CHOICES = {"init": Init, "gradient": Gradient, "start": Start}
@@ -191,6 +192,23 @@ def summed_gradients(model: CohortModel, batches: Iterable[Batch]) -> Params:
             layer.base.requires_grad_(False)
         model.zero_grad()
     return sums
+
+
+def clipped_gradients(model: CohortModel, rows: Iterable[Batch], clipping_norm: float) -> Params:
+    """Return {layer: sum (out, in) of the gradients of ``rows``, each a batch of one}.
+
+    The gradient of a row, over all adapted layers together, is clipped to ``clipping_norm``; one
+    that is not finite counts as zero.
+    """
+    total = {name: _zeros(layer) for name, layer in low_rank_layers(model.model)}
+    for row in rows:
+        gradient = summed_gradients(model, [row])
+        length = norm(gradient)
+        factor = min(1.0, clipping_norm / length) if length else 0.0
+        if math.isfinite(length):
+            for name, value in gradient.items():
+                total[name].add_(value, alpha=factor)
+    return total
 
 
 def _zeros(layer: LowRank) -> Tensor:

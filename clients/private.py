@@ -1,0 +1,101 @@
+"""DP-SGD for a cohort: gradients by row, clipped, summed within each client, noised.
+
+    g_k = (sum_{b in L_k} min(1, C / ||g_b||) g_b + N(0, (z_k C)^2 I)) / (q_k n_k)
+
+(Abadi et al. 2016, https://arxiv.org/abs/1607.00133, Algorithm 1, as Opacus takes it: Poisson lots,
+the expected lot as denominator.) The gradient g_b of a row is that of a client of one row: every
+row gets its own copy of the trainable tensors, so whatever layer trains in a cohort trains
+privately, and lots of different sizes need no padding. An empty lot is noise alone.
+
+Symbols: L_k the lot of client k, C clipping_norm, z_k noise_multiplier, q_k sample_rate, n_k rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedsys.cohort import CohortModel
+from fedsys.data.examples import Batch
+from fedsys.losses import client_losses
+from fedsys.privacy.noise import Stream, noised_rows
+
+LARGEST_PASS = 16_000_000  # numbers in the rows' copies of the trainable tensors
+_DRAWS = 1_000_000  # rows that a pass of Poisson sampling decides on
+
+
+@dataclass(frozen=True)
+class Private:
+    """What makes a client's round private."""
+
+    clipping_norm: float  # C
+    noise_multiplier: float  # z
+    sample_rate: float  # q
+    expected_lot: float  # q n, rows
+    stream: Stream  # of its sampling and its noise, for this round alone
+
+    def lots(self, rows: Tensor, steps: int) -> Tensor:
+        """Return Poisson lots of ``rows`` (n,): (steps, largest lot), -1 where there is no row."""
+        each = max(1, _DRAWS // len(rows))
+        parts = []
+        for first in range(0, steps, each):
+            count = min(each, steps - first)
+            drawn = self.stream.bernoulli(count * len(rows), self.sample_rate)
+            parts += [rows[lot] for lot in drawn.view(count, len(rows))]
+        # One column at least, so that a round of empty lots has its steps all the same.
+        width = max(1, *map(len, parts))
+        return torch.stack([nn.functional.pad(p, (0, width - len(p)), value=-1) for p in parts])
+
+
+def private_gradients(
+    model: CohortModel, params: Tensor, batch: Batch, owner: Tensor, clients: Sequence[Private]
+) -> Tensor:
+    """Return the noised gradients (K, size) at ``params`` (K, size), in its dtype.
+
+    ``batch`` holds the rows of all lots and ``owner`` (rows,) says in which lot each is.
+    """
+    norms = torch.tensor([client.clipping_norm for client in clients])
+    sums = clipped_sums(model, params, batch, owner, norms.to(params))
+    if stds := [client.noise_multiplier * client.clipping_norm for client in clients]:
+        sums = noised_rows(sums.cpu(), stds, [client.stream for client in clients])
+    lots = torch.tensor([client.expected_lot for client in clients], dtype=torch.float64)
+    return (sums.double() / lots[:, None].to(sums.device)).to(params)
+
+
+def clipped_sums(
+    model: CohortModel, params: Tensor, batch: Batch, owner: Tensor, norms: Tensor
+) -> Tensor:
+    """Return the sums (K, size) of each client's row gradients, clipped to ``norms`` (K,)."""
+    sums = torch.zeros_like(params)
+    parts = [part.flatten(1) for part in model.layout.unpack(sums).values()]
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    each = max(1, LARGEST_PASS // model.layout.size)
+    for first in range(0, len(owner), each):
+        rows = slice(first, first + each)
+        own = owner[rows]
+        gradients = row_gradients(
+            model, params[own], {n: v[rows] for n, v in inputs.items()}, labels[rows]
+        )
+        squares = torch.stack([g.square().sum(1) for g in gradients]).sum(0)
+        # A gradient that is not finite has no direction to keep: it counts as zero.
+        finite = squares.isfinite()
+        if not finite.all():
+            gradients = [torch.where(finite[:, None], g, 0) for g in gradients]
+            squares = torch.where(finite, squares, 0)
+        factors = (norms[own] / squares.sqrt()).clamp(max=1)[:, None]
+        for part, gradient in zip(parts, gradients, strict=True):
+            part.index_add_(0, own, gradient.mul_(factors))
+    return sums
+
+
+def row_gradients(
+    model: CohortModel, copies: Tensor, inputs: Batch, labels: Tensor
+) -> list[Tensor]:
+    """Return each row's gradients at its own ``copies`` (rows, size), (rows, numbers) a tensor."""
+    leaves = {n: nn.Parameter(part) for n, part in model.layout.unpack(copies).items()}
+    model.bind(leaves)
+    losses = client_losses(model(**inputs), labels, len(copies))
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+    return [gradient.flatten(1) for gradient in gradients]

@@ -1,0 +1,142 @@
+"""What keeps an experiment's privacy: the account it is shown by, and the ledgers it is kept in."""
+
+import hashlib
+import json
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from clients.guard import Guard
+from clients.replies import DiskReplies, MemoryReplies
+from fedsys.compose import TARGET, option
+from fedsys.config import Experiment
+from fedsys.data import Shards
+from fedsys.participation import Participation
+from fedsys.privacy.account import Account, ClientAccount, ServerBook
+from fedsys.privacy.canary_clients import CanaryClients
+from fedsys.privacy.client_level import ClientPrivacy, amplification, expected_cohort
+from fedsys.privacy.ledger import Ledger
+from fedsys.privacy.release import Initialisation, Statement, check_delta
+
+if TYPE_CHECKING:
+    from fedsys.federation import Federation
+
+
+def account_of(
+    experiment: Experiment, shards: Shards, participation: Participation
+) -> Account | None:
+    """Return how the run's epsilon is shown and, at a private server, made; None if nothing is."""
+    if experiment.privacy is None:
+        return None
+    if isinstance(experiment.privacy, ClientPrivacy):
+        return _client_account(experiment, experiment.privacy, len(shards), participation)
+    privacy = experiment.privacy
+    largest = int(shards.sizes().max())
+    delta = 1 / (2 * largest) if privacy.delta is None else privacy.delta
+    check_delta(delta, largest)
+    known: dict[str, Initialisation] = {"private": "included", "client_sum": "excluded"}
+    initialisation = known.get(_init(experiment), "not private data")
+    statement = Statement(
+        unit="record", delta=delta, sampling="Poisson", initialisation=initialisation
+    )
+    return Account(statement, privacy.reproducible)
+
+
+def _client_account(
+    experiment: Experiment, privacy: ClientPrivacy, clients: int, participation: Participation
+) -> ClientAccount:
+    delta = privacy.delta_of(clients)
+    check_delta(delta, clients)
+    amplified = amplification(participation) is not None
+    expected, canaries = expected_cohort(participation, clients), None
+    if (count := privacy.canaries) is not None:
+        rate = expected / clients
+        canaries = CanaryClients(count, rate, privacy.clipping_norm, experiment.seed)
+        expected += count * rate
+    statement = Statement(
+        unit="client",
+        delta=delta,
+        sampling="Poisson" if amplified else "none claimed",
+        initialisation="not private data",
+    )
+    return ClientAccount(
+        statement,
+        privacy.reproducible,
+        privacy=privacy,
+        planned=privacy.plan(participation, experiment.rounds, delta),
+        expected_cohort=expected,
+        amplified=amplified,
+        seed=experiment.seed,
+        enter=ServerBook(privacy, delta, data_name(experiment), clients),
+        canaries=canaries,
+    )
+
+
+def _init(experiment: Experiment) -> str:
+    return getattr(experiment.adapter, "init", "")
+
+
+def data_name(experiment: Experiment) -> str:
+    """Return the data set's name, under which clients' spending is added up."""
+    data = experiment.resolved["data"]
+    parts = (option("data", data[TARGET]) or data[TARGET], data.get("path"), data.get("name"))
+    return " ".join(str(part) for part in parts if part)
+
+
+def run_id(experiment: Experiment) -> str:
+    """Return the run's id, which is in its folder; where there is none, a digest of its settings.
+
+    A client far from the server has no run folder, and its ledger tells runs by their settings.
+    """
+    kept = experiment.out / "env.json"
+    if kept.is_file():
+        return str(json.loads(kept.read_text(encoding="utf-8"))["run"])
+    said = json.dumps(experiment.resolved, sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def protected(federation: "Federation", clients_here: bool) -> AbstractContextManager[Ledger | None]:
+    """Return the ledger kept by this process, to be held while it trains; None if it keeps none."""
+    ledger = protect_server(federation)
+    if ledger is None and clients_here:
+        ledger = protect_clients(federation, durable=False)
+    return ledger or nullcontext()
+
+
+def protect_clients(federation: "Federation", durable: bool = True) -> Ledger | None:
+    """Open the ledger of clients that protect their rows: nothing leaves them but through it.
+
+    It is held until it is closed; None where no row is protected. ``durable`` replies outlast a
+    loss of power, and not only of the process. Raises ``LedgerError``.
+    """
+    experiment, site = federation.experiment, federation.site
+    account = federation.strategy.account
+    if account is None or account.unit != "record":
+        return None
+    ledger = _ledger(experiment)
+    # Without checkpoints nobody comes back for a reply.
+    kept = experiment.checkpoint.every
+    site.guard = Guard(
+        experiment.privacy,
+        ledger,
+        DiskReplies(experiment.out / "replies", durable) if kept else MemoryReplies(),
+        run=run_id(experiment),
+        delta=account.delta,
+        rounds=experiment.rounds,
+        seed=experiment.seed,
+        initial_rows=site.init_examples if _init(experiment) == "private" else 0,
+    )
+    return ledger
+
+
+def protect_server(federation: "Federation") -> Ledger | None:
+    """Open the ledger of a server that protects its clients, as ``protect_clients`` does theirs."""
+    account = federation.strategy.account
+    if not isinstance(account, ClientAccount):
+        return None
+    account.enter.run = run_id(federation.experiment)
+    account.enter.ledger = _ledger(federation.experiment)
+    return account.enter.ledger
+
+
+def _ledger(experiment: Experiment) -> Ledger:
+    return Ledger(experiment.privacy.ledger or experiment.out / "ledger")
