@@ -1,6 +1,7 @@
 """The ClientApp: decode, train, encode; one client at a time, or a cohort in one pass."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
+from clients import summed
 from clients.cohort import Task, gather, train_cohort
 from clients.guard import Charge, Guard
 from clients.private import Private
@@ -22,6 +24,7 @@ from fedsys.evaluate import evaluate
 from fedsys.messages import arrays_of, config_of
 from fedsys.params import Params, digest
 from fedsys.privacy.release import Spent
+from fedsys.secagg.replies import ACTIONS
 
 
 class CohortApp(ClientApp):
@@ -33,6 +36,8 @@ class CohortApp(ClientApp):
         self._site = site
         self.train()(lambda message, context: self.train_cohort([message], [context])[0])
         self.train("gradient")(self._gradient)
+        for action in ACTIONS:
+            self.train(action)(partial(summed.answer, action, site))
         self.evaluate()(self._evaluate)
         self.query("whoami")(self._whoami)
 
@@ -46,8 +51,15 @@ class CohortApp(ClientApp):
         site = self._guarded(contexts[0])
         for content in {id(m.content): m.content for m in messages}.values():
             site.load(content)
+        train = partial(self._train, site)
         if site.guard is not None:
-            return self._train_privately(site, site.guard, messages, contexts)
+            train = partial(self._train_privately, site, site.guard)
+        if site.secagg is not None:
+            return summed.train_masked(site, train, _refusal, messages, contexts)
+        return train(messages, contexts)
+
+    def _train(self, site: Site, messages: list[Message], contexts: list[Context]) -> list[Message]:
+        """Train, and reply with what comes of it."""
         rows = [site.rows(context) for context in contexts]
         results = self._trained(site, messages, contexts, rows, ())
         return [
@@ -171,6 +183,8 @@ class CohortApp(ClientApp):
                 answer = guard.answer(charge, sums, {wire.NUM_EXAMPLES: len(rows)})
                 guard.keep([charge], [answer])
             return _answer(message, answer.arrays, answer.metrics, answer.spent)
+        if site.secagg is not None:
+            raise ValueError("this client sends sums of many clients only, and this one is its own")
         rows = rows[: site.init_examples]
         size = site.training.batch_size
         batches = (

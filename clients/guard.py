@@ -19,6 +19,9 @@ from fedsys.privacy.release import Release, Spent, merged
 from fedsys.privacy.sample_level import SamplePrivacy
 
 
+Start = tuple[str, str]  # the digests of x_t and of what is frozen
+
+
 @dataclass(frozen=True)
 class Owner:
     """Whose rows they are."""
@@ -76,9 +79,9 @@ class Guard:
         self._plans = lru_cache(maxsize=None)(self._plan)
 
     def charge(
-        self, client: int, owner: Owner, training: LocalTraining, round: int, start: tuple[str, str]
+        self, client: int, owner: Owner, training: LocalTraining, round: int, start: Start
     ) -> Charge:
-        """Return the charge of a round of ``training`` from ``start``, the digests of x_t and of what is frozen.
+        """Return the charge of a round of ``training`` from ``start``.
 
         Raises ``PrivacyBudgetExceeded`` when the client cannot pay for it.
         """
@@ -87,7 +90,7 @@ class Guard:
         release = Release(plan.noise_multiplier, plan.sample_rate, steps)
         return self._charged(client, owner, round, start, "dp-sgd", release)
 
-    def initial_charge(self, client: int, owner: Owner, start: tuple[str, str]) -> Charge:
+    def initial_charge(self, client: int, owner: Owner, start: Start) -> Charge:
         """Return the charge of the noised sum of gradients before round 1."""
         (release,) = self._initial(owner.num_examples)
         return self._charged(client, owner, 0, start, "initialisation", release)
@@ -146,7 +149,7 @@ class Guard:
         client: int,
         owner: Owner,
         round: int,
-        start: tuple[str, str],
+        start: Start,
         mechanism: str,
         release: Release,
     ) -> Charge:

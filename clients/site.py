@@ -24,6 +24,7 @@ from fedsys.data.shards import Shards
 from fedsys.messages import arrays_of, config_of
 from fedsys.params import Layout, Params, chained, digest
 from fedsys.privacy.noise import noised
+from fedsys.secagg import SecureAggregation
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Site:
     protects: bool = False  # its rows: nothing is trained then without a guard
     guard: Guard | None = None
     data: str = ""  # the data set's name, for the ledger
+    secagg: SecureAggregation | None = None  # updates leave for such a sum, or not at all
+    hides_failures: bool = False  # an update that is not finite goes into a sum as zeros
     moved: bool = field(default=False, init=False)  # the base of the model, since it was built
     _fingerprints: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 

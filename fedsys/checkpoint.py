@@ -27,6 +27,7 @@ from fedsys.arrays import TensorArray
 from fedsys.errors import RunError
 from fedsys.params import Params, digest
 from fedsys.privacy.release import Release
+from fedsys.secagg.rounds import SECAGG
 from fedsys.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -191,6 +192,8 @@ def _pack_records(content: RecordDict, tensors: Params) -> dict[str, Any]:
     """Return the records as JSON; what an array holds goes to ``tensors`` under a new name."""
     packed: dict[str, Any] = {}
     for name, record in content.items():
+        if name == SECAGG:  # secrets of one round, which is over
+            continue
         if isinstance(record, ArrayRecord):
             packed[name] = ["arrays", {k: _pack_array(a, tensors) for k, a in record.items()}]
         else:

@@ -6,7 +6,9 @@ told at once. Nothing heavy is imported.
 
 import difflib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedsys.errors import ConfigError
 from fedsys.known import KnownKeys, listed
+from fedsys.schema import show
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 TARGET = "_target_"
@@ -100,7 +103,7 @@ def examine(overrides: Sequence[str]) -> Composition:
     problems: dict[int, str] = {}
     parsed = _parse_all(overrides, options, problems)
     chosen, lost = _choose_all(parsed, options, problems)
-    config, choices = _compose(list(chosen.values()))
+    config, choices = deepcopy(_compose(tuple(chosen.values())))
     values = {
         place: override
         for place, override in parsed.items()
@@ -178,7 +181,7 @@ def _choose_all(
             elif option == "null":  # only experiment may be, and is by default
                 chosen.pop(group, None)
             else:
-                chosen[group] = f"{group}={option}"
+                chosen[group] = f"{group}='{option}'"  # in quotes, or true is no name to Hydra
     return chosen, lost
 
 
@@ -187,7 +190,7 @@ def _choose(override: Override, options: list[str]) -> tuple[str | None, str | N
     group, value = override.key_or_group, override.value()
     if isinstance(value, Mapping):
         return None, f"{group}: write {group}.key=value for each key, got {_value(override)}"
-    name = "null" if value is None else str(value)
+    name = show(value)
     if name in options or (group, name) == ("experiment", "null"):
         return name, None
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
@@ -197,9 +200,10 @@ def _choose(override: Override, options: list[str]) -> tuple[str | None, str | N
     return near[0], f"{problem}; did you mean {group}={near[0]}?"
 
 
-def _compose(overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
+@cache  # the points of a sweep choose the same options again and again
+def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
     with hydra.initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
-        config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+        config = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
     choices = {str(group): str(option) for group, option in config.hydra.runtime.choices.items()}
     OmegaConf.set_struct(config, False)
     del config["hydra"]
@@ -207,9 +211,10 @@ def _compose(overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
 
 
 def _load(group: str, option: str) -> dict[str, Any]:
-    return _yaml(FOLDER / group / f"{option}.yaml")
+    return deepcopy(_yaml(FOLDER / group / f"{option}.yaml"))
 
 
+@cache
 def _yaml(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
 

@@ -94,6 +94,7 @@ def _build(
     values = settings({key: value for key, value in tree.items() if key not in names}, problems)
     values["out"] = values["out"] or _new_folder()
     tree["out"] = str(values["out"])
+    _choose_initialisation(tree)
     built: dict[str, Any] = dict.fromkeys(names)
     for group in names if imports else ():
         node = tree.get(group, {})
@@ -104,6 +105,20 @@ def _build(
     for reason in conflicts(experiment) if imports else ():
         problems[reason] = reason
     return experiment
+
+
+def _choose_initialisation(tree: dict[str, Any]) -> None:
+    """Set an ``adapter.init`` that is left open to the best that privacy allows."""
+    adapter = tree.get("adapter", {})
+    if adapter.get("init", "") is None:
+        privacy = str(tree.get("privacy", {}).get("_target_")).rpartition(".")[2]
+        secret = tree.get("secagg", {}).get("_target_") is not None
+        if privacy == "SamplePrivacy":
+            adapter["init"] = "private"
+        elif privacy == "ClientPrivacy" or secret:
+            adapter["init"] = "seeded_random"
+        else:
+            adapter["init"] = "client_sum"
 
 
 def _plain(config: DictConfig, prefix: str, problems: Problems) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def conflicts(experiment: "Experiment") -> list[str]:
         *_compression(experiment),
         *_robustness(experiment),
         *_privacy(experiment),
+        *_secagg(experiment),
         *_data(experiment),
         *_numbers(experiment),
     ]
@@ -70,7 +71,8 @@ def _adapters(experiment: "Experiment") -> list[str]:
             f"{_said(experiment, 'strategy')} with adapter.init={first}: only strategy=fed_sb runs"
             " the phase that takes B and A from the first gradient; set adapter.init=seeded_random"
         )
-    if first == "private" and not _is(experiment.privacy, "SamplePrivacy"):
+    protected = str(experiment.resolved["privacy"].get(TARGET)).endswith("SamplePrivacy")
+    if first == "private" and not protected:
         reasons.append("adapter.init=private needs privacy=sample, whose noise protects it")
     if first == "public" and not _public(experiment.data):
         reasons.append(
@@ -169,6 +171,14 @@ def _privacy(experiment: "Experiment") -> list[str]:
 
         return sample_conflicts.refusals(experiment)
     return []
+
+
+def _secagg(experiment: "Experiment") -> list[str]:
+    if experiment.secagg is None:
+        return []
+    from fedsys.secagg import conflicts as secagg_conflicts
+
+    return secagg_conflicts.refusals(experiment, partial(_said, experiment))
 
 
 def _public(data: Any) -> bool:

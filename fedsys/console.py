@@ -221,6 +221,8 @@ class Terminal(logging.Handler):
         ):
             if summary.get(key) is not None:
                 rows.append((name, text(summary[key])))
+        # An epsilon says nothing without what it is an epsilon of.
+        rows += [(n, text) for n, text in (summary.get("privacy") or {}).items() if n != "delta"]
         return [row for row in rows if row[1]] + [("run folder", str(result.folder))]
 
 

@@ -100,6 +100,7 @@ def run_federation(
             folder.create(experiment.resolved, experiment.overrides)
         with protected(federation, clients_here=engine == "local") as folder.ledger:
             summary = _train(federation, grid, folder, observer, engine)
+    _report(experiment.out)
     result = RunResult(experiment.out, summary, folder.lines(), folder.params, experiment)
     observer.finished(result)
     return result
@@ -164,6 +165,15 @@ def restored(
     if snapshot.version:
         federation.site.rebase(snapshot.base, snapshot.basis)
     return federation, snapshot
+
+
+def _report(folder: Path) -> None:
+    try:
+        from fedsys.report import write_report
+
+        write_report(folder)
+    except ModuleNotFoundError as error:
+        log.warning("no report.html: %s; pip install 'fedsys[report]'", error)
 
 
 def _evaluate(

@@ -94,7 +94,7 @@ class Federation:
         }
 
     def spending(self, spent: Mapping[int, Spent]) -> dict[str, Any]:
-        """Return what ``summary.json`` says of the privacy that is spent; {} if nothing is private."""
+        """Return what ``summary.json`` says of the privacy that is spent; {} without any."""
         account = self.strategy.account
         if account is None:
             return {}
@@ -169,6 +169,8 @@ def _assemble(experiment: Experiment, phase: Callable[[str], None]) -> Federatio
         num_classes=dataset.num_classes or 0,
         data=data_name(experiment),
         protects=getattr(experiment.privacy, "unit", "") == "record",
+        secagg=experiment.secagg,
+        hides_failures=getattr(experiment.privacy, "unit", "") == "client",
     )
     return Federation(experiment, dataset, shards, model, strategy, site, device, planted)
 
@@ -238,6 +240,7 @@ def _strategy(
         "min_clients": len(shards),
         "layout": model.layout,
         "account": account_of(experiment, shards, participation),
+        "secagg": experiment.secagg,
     }
     adapter = experiment.adapter
     if isinstance(experiment.strategy, FedSB) and isinstance(adapter, LoRASB):

@@ -13,6 +13,8 @@
           reply    ``basis``: the digest of the factors the client trained with; ``spent``: what a
                    private client has released in all, as (z, q, steps) one after the other
 
+Where updates are summed securely, messages hold a record ``secagg`` besides: ``fedsys.secagg``.
+
 One packed vector keeps the framing of many small matrices below a few per cent of the payload.
 An app of somebody else's knows nothing of it and meets plain named arrays.
 """
@@ -43,6 +45,7 @@ MAX_EXAMPLES = 2**53  # beyond it a count is no longer exact as a float
 
 _R = TypeVar("_R", ArrayRecord, MetricRecord)
 _MAX_RELEASES = 256  # mechanisms of one client
+_OTHER_FACTORS = "trained with other frozen factors than the server holds"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # What Flower's serialisation puts around a record and an array: types, hashes, lengths.
 _PER_RECORD, _PER_ARRAY = 160, 330
@@ -117,10 +120,23 @@ def read_update(
         delta = decode_reply(decode(arrays)) if decode_reply else _difference(arrays, sent)
         metrics = read_metrics(_only(content, MetricRecord))
         if _basis_of(content) != basis:
-            raise ValueError("trained with other frozen factors than the server holds")
+            raise ValueError(_OTHER_FACTORS)
     if decode_reply is None and layout is not None and PACKED in delta:
         delta = layout.unpack(delta[PACKED])
     return Update(client, delta, int(metrics.pop(NUM_EXAMPLES)), metrics)
+
+
+def read_masked(reply: Message, client: int, basis: str = "") -> int:
+    """Return the number of examples behind a reply whose arrays nobody can read by themselves.
+
+    Raises ``ClientFailure`` on an error, without a positive number of examples, on another basis.
+    """
+    with _blaming(client):
+        content = content_of(reply)
+        metrics = read_metrics(_only(content, MetricRecord))
+        if _basis_of(content) != basis:
+            raise ValueError(_OTHER_FACTORS)
+    return int(metrics[NUM_EXAMPLES])
 
 
 def read_arrays(reply: Message, client: int, shapes: Mapping[str, tuple[int, ...]]) -> Params:
@@ -166,6 +182,12 @@ def content_of(reply: Message) -> RecordDict:
         lines = _COLOUR.sub("", reply.error.reason or "").strip().splitlines()
         raise ValueError(lines[-1].strip()[:500] if lines else f"error code {reply.error.code}")
     return reply.content
+
+
+def read_content(reply: Message, client: int) -> RecordDict:
+    """Return the reply's content; raise ``ClientFailure`` when it is an error."""
+    with _blaming(client):
+        return content_of(reply)
 
 
 def spent_numbers(spent: Spent) -> list[float]:

@@ -1,6 +1,6 @@
 """The numbers of a run: one record a round, and who wants to hear of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from fedsys.errors import ClientFailure
 from fedsys.snapshot import Snapshot
+from fedsys.update import Update
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -61,6 +62,10 @@ class Recorder(Protocol):
         """A reply was excluded."""
         ...
 
+    def watch(self, snapshot: Snapshot, updates: Iterator[Update]) -> Iterator[Update]:
+        """Pass on the updates of a round from ``snapshot.params``, as they were decoded."""
+        ...
+
     def moved(self, snapshot: Snapshot) -> None:
         """The frozen base has moved to ``snapshot.base``."""
         ...
@@ -86,6 +91,10 @@ class NoRecorder:
 
     def failed(self, failure: ClientFailure) -> None:
         """Do nothing."""
+
+    def watch(self, snapshot: Snapshot, updates: Iterator[Update]) -> Iterator[Update]:
+        """Return the updates."""
+        return updates
 
     def moved(self, snapshot: Snapshot) -> None:
         """Do nothing."""

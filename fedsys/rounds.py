@@ -51,6 +51,7 @@ class Round:
         self.spent: dict[int, Spent] = {}  # what each private client has released so far
         self.answered: list[int] = []
         self.failures: list[ClientFailure] = []
+        self.discarded = ""  # why all that was answered is of no use
         self.bytes_up = self.bytes_down = self.bytes_init = 0
         self._outgoing: list[Message] = []
         self._examples = 0
@@ -83,7 +84,7 @@ class Round:
                     reply, client, self.sent, self.layout, self.basis, decode
                 )
             except ClientFailure as failure:
-                self._exclude(failure, excluded)
+                self.exclude(failure, excluded)
                 continue
             if client not in self.shadow:
                 self.answered.append(client)
@@ -99,7 +100,40 @@ class Round:
                 self._note_spent(client, reply)
                 yield client, messages.read_arrays(reply, client, shapes)
             except ClientFailure as failure:
-                self._exclude(failure, excluded)
+                self.exclude(failure, excluded)
+
+    def contents(
+        self, replies: Iterable[Message], excluded: Excluded
+    ) -> Iterator[tuple[int, RecordDict]]:
+        """Yield (client, content) of the replies that are no errors in order of clients."""
+        for client, reply in self._arrivals(replies, excluded):
+            try:
+                content = messages.read_content(reply, client)
+            except ClientFailure as failure:
+                self.exclude(failure, excluded)
+                continue
+            yield client, content
+
+    def masked(
+        self,
+        replies: Iterable[Message],
+        take: Callable[[int, RecordDict], bool],
+        excluded: Excluded,
+    ) -> None:
+        """Offer ``take`` (client, content) of the replies that can be used in order of clients.
+
+        It says whether the arrays are of use, which only a sum can show.
+        """
+        for client, reply in self._arrivals(replies, excluded):
+            try:
+                self._note_spent(client, reply)
+                num_examples = messages.read_masked(reply, client, self.basis)
+            except ClientFailure as failure:
+                self.exclude(failure, excluded)
+                continue
+            if take(client, reply.content):
+                self.answered.append(client)
+                self._note({}, num_examples)
 
     def metrics(
         self, replies: Iterable[Message], excluded: Excluded
@@ -109,7 +143,7 @@ class Round:
             try:
                 metrics = messages.read_reply_metrics(reply, client)
             except ClientFailure as failure:
-                self._exclude(failure, excluded)
+                self.exclude(failure, excluded)
                 continue
             self.answered.append(client)
             yield int(metrics.pop(messages.NUM_EXAMPLES)), metrics
@@ -117,7 +151,30 @@ class Round:
     def close(self, excluded: Excluded) -> None:
         """Count every client that never answered as a failure."""
         for client in sorted(self.nodes.keys() - self._heard):
-            self._exclude(ClientFailure(client, "no reply before the deadline"), excluded)
+            self.exclude(ClientFailure(client, "no reply before the deadline"), excluded)
+
+    def excuse(self, clients: Iterable[int]) -> None:
+        """Expect no reply of ``clients``: they are not asked after all."""
+        self._heard.update(clients)
+
+    def absorb(self, phase: "Round") -> None:
+        """Count the bytes and the failures of a ``phase`` of this round."""
+        self.bytes_up += phase.bytes_up
+        self.bytes_down += phase.bytes_down
+        self.bytes_init += phase.bytes_init
+        self.failures += phase.failures
+
+    def discard(self, reason: str) -> None:
+        """Count no update as used, for a ``reason`` that is no client's."""
+        log.warning("round %d uses no update: %s", self.index, reason)
+        self.discarded = reason
+        self.answered.clear()
+        self._examples = 0
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why replies, or all of them, were not used."""
+        return [*map(str, self.failures), *([self.discarded] if self.discarded else [])]
 
     def train_metrics(self) -> MetricRecord:
         """Return the metrics of the usable updates, averaged by examples, and the examples."""
@@ -144,7 +201,7 @@ class Round:
             clients_accuracy=_number(local, "eval_accuracy"),
             clients_accuracy_worst_decile=_number(local, "eval_accuracy_worst_decile"),
             participants=list(self.answered),
-            reasons=[str(failure) for failure in self.failures],
+            reasons=self.reasons,
         )
 
     def _arrivals(
@@ -159,12 +216,12 @@ class Round:
             if client is None:
                 client = self._client_asked(reply, clients)
             if client is None:
-                self._exclude(ClientFailure(-1, _stranger(reply)), excluded)
+                self.exclude(ClientFailure(-1, _stranger(reply)), excluded)
             elif reply.metadata.group_id not in (str(self.index), ""):
                 reason = f"answered round {reply.metadata.group_id!r:.40} in round {self.index}"
-                self._exclude(ClientFailure(client, reason), excluded)
+                self.exclude(ClientFailure(client, reason), excluded)
             elif client in self._heard:
-                self._exclude(ClientFailure(client, "answered twice"), excluded)
+                self.exclude(ClientFailure(client, "answered twice"), excluded)
             else:
                 self._heard.add(client)
                 if reply.has_content() and client not in self.shadow:
@@ -181,7 +238,8 @@ class Round:
                 return clients.get(message.metadata.dst_node_id)
         return None
 
-    def _exclude(self, failure: ClientFailure, excluded: Excluded) -> None:
+    def exclude(self, failure: ClientFailure, excluded: Excluded) -> None:
+        """Leave out a client's reply and tell ``excluded``."""
         if failure.client in self.shadow:  # a server that is under attack would not know of it
             log.warning("round %d: an accomplice trained for nothing: %s", self.index, failure)
             return

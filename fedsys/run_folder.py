@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from fedsys import settings
 from fedsys.checkpoint import Checkpoints, ClientStates
 from fedsys.errors import ClientFailure, RunError
-from fedsys.json_lines import JsonLines, write_whole
+from fedsys.json_lines import JsonLines, strict, write_whole
 from fedsys.params import Params
 from fedsys.privacy.ledger import Head, Ledger
 from fedsys.privacy.release import Spent
@@ -215,7 +215,7 @@ class RunFolder:
             "ledger": self.ledger.head.as_dict() if self.ledger is not None else None,
             **facts,
         }
-        write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_whole(self.folder / "summary.json", strict(summary, indent=2) + "\n")
         return summary
 
     def _keep_lines(self, last_round: int) -> None:

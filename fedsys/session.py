@@ -1,11 +1,13 @@
 """A strategy's run under way: where it stands, whom it asks, what it sends."""
 
 import logging
+import secrets
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
@@ -17,10 +19,11 @@ from fedsys.engines.base import connected, exchange
 from fedsys.errors import ClientFailure, RunError
 from fedsys.params import Params, chained, digest
 from fedsys.privacy.account import ClientAccount
-from fedsys.privacy.release import merged
+from fedsys.privacy.release import Release, merged
 from fedsys.records import EvaluateFn, Recorder
 from fedsys.registry import Online, Registry
 from fedsys.rounds import Round, Shapes
+from fedsys.secagg.session import Sums
 from fedsys.seeds import generator, numpy_generator
 from fedsys.snapshot import Snapshot, State
 from fedsys.update import Update
@@ -67,6 +70,7 @@ class Session:
             shield=account.start() if (account := strategy.account) is not None else {},
         )
         self.round = self.evaluation = Round(0, {}, arrays)
+        self.sums = Sums(self, secagg, params) if (secagg := strategy.secagg) else None
         self._fruitless = 0  # rounds in a row in which every client failed
         self._frozen: Params = {}
         self._records: dict[str, ArrayRecord] = {}
@@ -113,7 +117,11 @@ class Session:
     def draw(self, server_round: int, *attempt: int) -> tuple[dict[int, int], State]:
         """Return the cohort of a round as {client: node}, and the participation's next state."""
         online = self._connected()
-        rng = numpy_generator(self.strategy.seed, "participation", server_round, *attempt)
+        account = self.strategy.account
+        if isinstance(account, ClientAccount) and account.hides_cohorts:
+            rng = np.random.default_rng(secrets.randbits(128))  # the seed is in the run's settings
+        else:
+            rng = numpy_generator(self.strategy.seed, "participation", server_round, *attempt)
         participation = self.strategy.participation
         if getattr(participation, "exchangeable", False):  # as good among those connected as of all
             places, state = participation.draw(server_round, len(online.clients), (), rng)
@@ -172,6 +180,23 @@ class Session:
         )
         return self.round
 
+    def outgoing(self, config: ConfigRecord) -> Iterator[tuple[int, RecordDict]]:
+        """Yield each client that is to train in the round with what it is sent."""
+        if self.sums is None:
+            return self.contents(self.round.nodes, self.arrays, config)
+        records = self.sums.open()
+        return self.sums.enclosed(records, self.contents(records, self.arrays, config))
+
+    def direction(self, replies: Iterable[Message]) -> Params:
+        """Return what the replies of the round come to; {} where no update could be used."""
+        if self.sums is not None:
+            return self.sums.direction(replies)
+        updates = self.recorder.watch(self.now, self.round.updates(replies, self.excluded))
+        direction = self.merge(self.received(updates))
+        for _ in updates:  # a combine that stopped early must not hide failures
+            pass
+        return direction
+
     def received(self, updates: Iterable[Update]) -> Iterable[Update]:
         """Return the updates as the attack leaves them and the defence lets them through."""
         strategy, current = self.strategy, self.round
@@ -195,13 +220,17 @@ class Session:
             direction, now.shield, costs = account.merge(
                 updates, now.params, now.shield, asked, self.round.index
             )
-            for client, cost in costs.items():
-                now.spent[client] = merged((*now.spent.get(client, ()), cost))
+            self.charge(costs)
         elif self.codec is not None and self.codec.merges:
             direction, now.memory = self.codec.merge(updates, now.memory, len(self.registry))
         else:
             direction, now.state = self.strategy.combine(updates, now.state)
         return direction
+
+    def charge(self, costs: Mapping[int, Release]) -> None:
+        """Add what a round cost each client to what it had spent."""
+        for client, cost in costs.items():
+            self.now.spent[client] = merged((*self.now.spent.get(client, ()), cost))
 
     def take_over(self, arrays: ArrayRecord) -> None:
         """Go on from ``arrays`` where somebody else's loop or wrapper has changed x_t."""
@@ -356,7 +385,7 @@ class Session:
         self._fruitless = self._fruitless + 1 if current.nodes and not current.answered else 0
         if self._fruitless == 3 or (self._fruitless and last):
             raise RunError(
-                f"every client failed in round {current.index}; the first: {current.failures[0]}"
+                f"every client failed in round {current.index}; the first: {current.reasons[0]}"
             )
 
     def _connected(self) -> Online:

@@ -30,6 +30,7 @@ from fedsys.participation import Participation, Uniform
 from fedsys.privacy.account import Account
 from fedsys.records import EvaluateFn, NoRecorder, Recorder
 from fedsys.rounds import Ask, Round
+from fedsys.secagg import SecureAggregation
 from fedsys.session import Session
 from fedsys.snapshot import State
 from fedsys.update import Update
@@ -62,6 +63,7 @@ class Strategy(FlowerStrategy):
     attack: Attack | None = None
     defence: Defence | None = None
     account: Account | None = None  # of the privacy that is spent
+    secagg: SecureAggregation | None = None  # so that the server sees sums of updates only
     # How often each client takes part, (N,), where that is known.
     rates: Tensor | None = field(default=None, compare=False)
 
@@ -76,6 +78,8 @@ class Strategy(FlowerStrategy):
         if self.needs_uniform and self.weighting != "uniform":
             name, why = type(self).__name__, self.needs_uniform
             raise ValueError(f"weighting must be 'uniform' in {name}, got 'examples': {why}")
+        if self.secagg is not None and self.weighting != "uniform":
+            raise ValueError("weighting must be 'uniform' with secagg: a sum has equal weights")
         if not 0 <= self.fraction_evaluate <= 1:
             raise ValueError(f"fraction_evaluate must be in [0, 1], got {self.fraction_evaluate}")
         if self.min_clients < 1:
@@ -161,7 +165,7 @@ class Strategy(FlowerStrategy):
         cohort, session.now.participation = session.cohort(server_round)
         current = session.open(server_round, cohort)
         settings = ConfigRecord({**config, **self.train_config(), messages.ROUND: server_round})
-        return current.address("train", session.contents(current.nodes, session.arrays, settings))
+        return current.address("train", session.outgoing(settings))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -169,10 +173,7 @@ class Strategy(FlowerStrategy):
         """Check, combine and step; (None, None) when no update could be used."""
         session = self._under_way()
         now, current = session.now, session.round
-        updates = session.recorder.watch(now, current.updates(replies, session.excluded))
-        direction = session.merge(session.received(updates))
-        for _ in updates:  # a combine that stopped early must not hide failures
-            pass
+        direction = session.direction(replies)
         session.close(server_round)
         if not direction:
             return None, None

@@ -99,6 +99,7 @@ class Mine(FedAU):
             "attack": SignFlip(fraction=0.2, factor=2.0, honest_majority=True),
         },
         {"participation": Bernoulli(rate=0.9), "privacy": privacy(quantile=0.5)},
+        {"secagg": object()},  # which has refusals of its own
         {"privacy": privacy(delta=0.0099)},
         {"strategy": None, "participation": None, "num_clients": None, "evaluate": None},
     ],
@@ -130,7 +131,6 @@ def test_what_keeps_the_guarantee_is_allowed(parts):
         ({"defence": NormClip(clipping_norm=1.0)}, ["defence=typed", "privacy.clipping_norm"]),
         ({"defence": Median()}, ["defence=typed", "which of the others count", "defence=none"]),
         ({"defence": Krum()}, ["defence=typed", "which of the others count", "defence=none"]),
-        ({"secagg": object()}, ["secagg=typed", "does not see", "secagg=none"]),
         (
             {"adapter": LoRASB(rank=2, init="client_sum")},
             ["init=client_sum", "=public or"],

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from fedsys.errors import LedgerError, RunError
-from fedsys.params import Params
+from fedsys.params import Params, add
 from fedsys.privacy.accounting import Figures, check, largest
 from fedsys.privacy.canary_clients import CanaryClients
-from fedsys.privacy.client_level import ClientPrivacy
+from fedsys.privacy.client_level import ClientPrivacy, clipped_sum
 from fedsys.privacy.ledger import Ledger, NewEntry
-from fedsys.privacy.noise import stream
+from fedsys.privacy.noise import Stream, stream
 from fedsys.privacy.release import Release, Spent, Statement, Unit
 from fedsys.update import Update
 
@@ -99,7 +99,7 @@ class ServerBook:
                 NewEntry(
                     run=self.run,
                     round=charge.round,
-                    client="everyone" if charge.client == EVERYONE else str(charge.client),
+                    client=_name(charge.client),
                     data=self.data,
                     fingerprint="",
                     num_examples=self.num_clients,
@@ -113,6 +113,21 @@ class ServerBook:
                 for charge in charges
             ]
         )
+
+
+    def known(self, spent: Mapping[int, Spent]) -> Mapping[int, Spent]:
+        """Return the spending of the clients of ``spent`` as the ledger has it.
+
+        It is more where an earlier run has used the ledger, or where a round was done again since
+        its checkpoint was lost with the process.
+        """
+        if self.ledger is None:
+            return spent
+        return {client: self.ledger.spent(_name(client)) for client in spent}
+
+
+def _name(client: int) -> str:
+    return "everyone" if client == EVERYONE else str(client)
 
 
 @dataclass(frozen=True)
@@ -131,6 +146,14 @@ class ClientAccount(Account):
         """Return the clipping norm, where it adapts."""
         return self.privacy.start()
 
+    def epsilon(self, spent: Mapping[int, Spent]) -> float:
+        """Return the largest epsilon of the clients of ``spent``, by the ledger once it is open."""
+        return super().epsilon(self.enter.known(spent))
+
+    def figures(self, spent: Mapping[int, Spent]) -> Figures | None:
+        """Return the figures of three accountants for whoever of them has spent most."""
+        return super().figures(self.enter.known(spent))
+
     def admitted(self, cohort: Mapping[int, int], spent: Mapping[int, Spent]) -> dict[int, int]:
         """Return who of {client: node} can pay for one more round.
 
@@ -138,11 +161,12 @@ class ClientAccount(Account):
         """
         step = self._step
         if not self.amplified:
+            own = self.enter.known({client: spent.get(client, ()) for client in cohort})
             # Many have spent the same, which is looked at once.
-            every = {spent.get(client, ()) for client in cohort}
-            able = {own for own in every if self.privacy.affords(own, step, self.delta)}
-            return {c: node for c, node in cohort.items() if spent.get(c, ()) in able}
-        if not self.privacy.affords(spent.get(EVERYONE, ()), step, self.delta):
+            able = {s for s in set(own.values()) if self.privacy.affords(s, step, self.delta)}
+            return {client: node for client, node in cohort.items() if own[client] in able}
+        everyone = self.enter.known({EVERYONE: spent.get(EVERYONE, ())})[EVERYONE]
+        if not self.privacy.affords(everyone, step, self.delta):
             raise RunError(f"the budget of privacy.epsilon={self.privacy.epsilon} is spent")
         return dict(cohort)
 
@@ -158,16 +182,51 @@ class ClientAccount(Account):
 
         All of it is in the ledger when this returns.
         """
-        noise = stream(self.seed if self.reproducible else None, "client privacy", round)
+        noise = self._noise(round)
         multiplier = self.planned.noise_multiplier
         if self.canaries is not None:
             updates = chain(updates, self.canaries.updates(params, round))
         direction, memory = self.privacy.merge(
             updates, params, memory, self.expected_cohort, multiplier, noise
         )
+        return direction, memory, self._charged(asked, round, noise)
+
+    def release(
+        self, total: Params, bound: float, asked: Iterable[int], round: int
+    ) -> tuple[Params, dict[int, Release]]:
+        """Return the noised direction of a sum, as ``merge`` does, and what the round cost whom.
+
+        No client has moved ``total`` by more than ``bound``, which is at least clipping_norm.
+        """
+        noise = self._noise(round)
+        if self.canaries is not None:
+            planted, _ = clipped_sum(self.canaries.updates(total, round), total, bound, cell=0.0)
+            total = add(total, planted)
+        direction = self.privacy.release(
+            total, bound, self.expected_cohort, self.planned.noise_multiplier, noise
+        )
+        return direction, self._charged(asked, round, noise)
+
+    def _noise(self, round: int) -> Stream:
+        return stream(self.seed if self.reproducible else None, "client privacy", round)
+
+    def _charged(self, asked: Iterable[int], round: int, noise: Stream) -> dict[int, Release]:
+        """Return what a round with this ``noise`` costs whom, which is then in the ledger."""
         costs = dict.fromkeys([EVERYONE] if self.amplified else asked, self._step)
         self.enter([Charge(n, round, cost, f"{noise.id}/{n}") for n, cost in costs.items()])
-        return direction, memory, costs
+        return costs
+
+    @property
+    def hides_cohorts(self) -> bool:
+        """Whether the epsilon needs that nobody can tell who took part in a round."""
+        return self.amplified and not self.reproducible
+
+    def facts(self) -> dict[str, str]:
+        """Return what has to be said beside every epsilon."""
+        if not self.amplified:
+            return super().facts()
+        secret = "who took part: participation.jsonl, checkpoints"
+        return {**super().facts(), "to be kept secret": secret}
 
     @property
     def _step(self) -> Release:

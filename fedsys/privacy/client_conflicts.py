@@ -92,11 +92,6 @@ def _received(experiment: "Experiment", said: Said) -> list[str]:
             " count, so its share is not bounded by C; set defence=none, as clipping bounds"
             " malicious clients too"
         )
-    if experiment.secagg is not None:
-        reasons.append(
-            f"{said('secagg')} with privacy=client: the server would have to clip updates that it"
-            " does not see; set secagg=none"
-        )
     return reasons
 
 

@@ -34,7 +34,7 @@ import torch
 from fedsys.params import Params, norm
 from fedsys.participation import Bernoulli, Participation, SupportsMarginals, Uniform
 from fedsys.privacy.accounting import epsilon, noise_multiplier
-from fedsys.privacy.noise import Stream, grid, noised
+from fedsys.privacy.noise import Stream, grid, noised, rounding
 from fedsys.privacy.release import Release, Spent
 from fedsys.update import Update
 
@@ -145,6 +145,24 @@ class ClientPrivacy:
         count = noised(torch.tensor(surplus, dtype=torch.float64), count_noise, stream)
         share = 0.5 + count / expected_cohort
         return direction, {BOUND: bound * torch.exp(-self.quantile_lr * (share - self.quantile))}
+
+    def release(
+        self,
+        total: Params,
+        bound: float,
+        expected_cohort: float,
+        multiplier: float,
+        stream: Stream,
+    ) -> Params:
+        """Return the direction, in float64, of a sum that no client moves by more than ``bound``.
+
+        It is of clients who clip themselves, and of a fixed C.
+        """
+        std = multiplier * bound
+        if std:  # the entries are of another grid than the noise
+            size = sum(value.numel() for value in total.values())
+            std = multiplier * (bound + 2 * rounding(size, std))
+        return {n: noised(value, std, stream) / expected_cohort for n, value in total.items()}
 
     def split(self, multiplier: float, expected_cohort: float) -> tuple[float, float]:
         """Return z_Delta and sigma_b, which together cost what ``multiplier`` alone does.

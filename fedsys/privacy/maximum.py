@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from fedsys.privacy import pld, renyi
 from fedsys.privacy.release import Spent, merged, require_delta
 
-MARGIN = (
-    0.01  # by which PLD, which errs upwards, may exceed a bound on the truth; see `pld.epsilon`
-)
+MARGIN = 0.01  # by which PLD, which errs upwards, may exceed a bound on the true epsilon
 _GRIDS = (8, 2, 1)  # times as coarse as the figure's, level by level; a coarse one costs little
 
 
@@ -56,15 +54,14 @@ def _dominates(spent: Spent, other: Spent, delta: float) -> bool:
     """Whether the figure of ``spent`` is not below that of ``other``, seen without computing them.
 
     Sampling at a lower rate, adding noise and leaving out steps are done to what was released, and
-    so are post-processing. That holds of figures, too, unless the grid of ``other`` is coarser.
+    so are post-processing. That holds of figures, too, unless ``other`` is computed less finely.
     """
-    return (
-        len(spent) == len(other)
-        and all(
-            a.noise_multiplier <= b.noise_multiplier
-            and a.sample_rate >= b.sample_rate
-            and a.steps >= b.steps
-            for a, b in zip(spent, other, strict=True)
-        )
-        and pld.interval(spent, delta) >= pld.interval(other, delta)
-    )
+    if len(spent) != len(other) or not all(
+        a.noise_multiplier <= b.noise_multiplier
+        and a.sample_rate >= b.sample_rate
+        and a.steps >= b.steps
+        for a, b in zip(spent, other, strict=True)
+    ):
+        return False
+    pairs = zip(pld.resolution(spent, delta), pld.resolution(other, delta), strict=True)
+    return all(mine >= theirs for mine, theirs in pairs)

@@ -24,11 +24,12 @@ from fedsys.privacy.release import MOST_NOISE, NO_NOISE, Spent, require_delta
 Array = NDArray[np.float64]
 
 _FRACTIONAL = np.concatenate([[1.005, 1.01, 1.02, 1.05], np.arange(11, 110) / 10])
-_WHOLE = np.unique(np.concatenate([np.arange(11, 65), np.geomspace(64, 1024, 21).round()]))
+_WHOLE = np.unique(np.concatenate([np.arange(11, 65), np.geomspace(64, 256, 13).round()]))
 _ORDERS = np.concatenate([_FRACTIONAL, _WHOLE])
-_LOG_FACTORIALS = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, 1025)))])
+_LOG_FACTORIALS = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, 257)))])
 
 
+@lru_cache(maxsize=65536)  # asked of every client in every round, and small
 def bound(spent: Spent, delta: float) -> float:
     """Return an epsilon that is not below the true one; ``spent`` is merged, delta in (0, 1)."""
     require_delta(delta)

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -19,6 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _SIZE = (5.6, 3.9)  # inches; legible on a phone
 _WIDEST = 72  # characters of a legend
+_DECADES = 1e3  # from the least to the largest: more ticks than the powers of ten have room
 
 
 @contextmanager
@@ -96,17 +97,22 @@ def thinned(
 
 def plain_numbers(axis: Any) -> None:
     """Write the ticks of an axis as plain numbers, on a logarithmic scale too."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    _mark(axis, lambda value: f"{value:g}")
 
 
 def in_bytes(axis: Any) -> None:
     """Write the ticks of an axis as sizes."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     from fedsys.console import size
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    _mark(axis, size)
+
+
+def _mark(axis: Any, show: Callable[[float], str]) -> None:
+    """Write ticks by ``show``; of a few decades, not the powers of ten alone."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log" and high < _DECADES * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
     axis.set_minor_formatter(NullFormatter())

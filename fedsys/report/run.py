@@ -123,6 +123,10 @@ def _privacy(summary: Mapping[str, Any]) -> Section | None:
         facts += [(str(name), str(value)) for name, value in said.items()]
     elif said:
         facts.append(("guarantee", str(said)))
+    figures = summary.get("accountants")
+    if isinstance(figures, Mapping):
+        found = [f"{name} {_number(value)}" for name, value in figures.items() if value is not None]
+        facts.append(("epsilon by accountant", ", ".join(found)))
     return Section("Privacy", facts=facts)
 
 
@@ -132,15 +136,22 @@ def _audit(found: Mapping[str, Any]) -> Section:
         return Section("Audit")
     claimed: Any = found.get("claimed")
     measured: Any = found.get("measured")
-    exceeded = _is_number(claimed) and _is_number(measured) and measured > claimed
-    verdict = (
-        "The measured lower bound exceeds what is claimed: the claim does not hold."
-        if exceeded
-        else "What was measured is a lower bound: below the claim, it does not refute it."
-    )
-    others = [(k, _shown(v)) for k, v in found.items() if k not in ("claimed", "measured")]
+    verdict = _verdict(claimed, measured, found.get("confidence"))
+    said = {k: v for k, v in found.items() if k not in ("claimed", "measured") and v is not None}
+    others = [(k, _shown(v)) for k, v in said.items()]
     table = Table(["", "epsilon"], [["claimed", _shown(claimed)], ["measured", _shown(measured)]])
     return Section("Audit", notes=[verdict], facts=others, table=table)
+
+
+def _verdict(claimed: Any, measured: Any, confidence: Any) -> str:
+    """Return what an audit says of the claim; without confidence it has estimated no bound."""
+    if confidence is None:
+        return (
+            "What was measured is an estimate, which can neither confirm the claim nor refute it."
+        )
+    if _is_number(claimed) and _is_number(measured) and measured > claimed:
+        return "The lower bound that was measured exceeds what is claimed: the claim does not hold."
+    return "What was measured is a lower bound: below the claim, it does not refute it."
 
 
 def _pictures(folder: Path) -> Section:

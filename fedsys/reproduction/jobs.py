@@ -4,34 +4,26 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from fedsys.compose import compose
 from fedsys.config import build
 from fedsys.errors import ConfigError
-from fedsys.known import leaves
+from fedsys.json_lines import with_numbers
 from fedsys.reproduction.rows import Row
 from fedsys.reproduction.tables import Line, Table
-from fedsys.schema import show
+from fedsys.sweeps.processes import difference
 
 OURS = ("experiment", "seed", "out")  # keys that a table sets itself
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what is typed after ``fedsys run``, and where its folder is."""
+    """One run: what is typed after ``fedsys run``, but for ``out``, and where its folder is."""
 
     row: Row
     seed: int
     overrides: list[str]
     folder: Path
-
-    @property
-    def log(self) -> Path:
-        """What the run wrote to the terminal it did not have."""
-        return self.folder.with_name(self.folder.name + ".log")
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ def plan(table: Table, out: Path, overrides: Sequence[str]) -> list[Job]:
         Job(
             row,
             seed,
-            [*table.overrides(row), *overrides, f"seed={seed}", f"out={_quoted(folder)}"],
+            [*table.overrides(row), *overrides, f"seed={seed}"],
             folder,
         )
         for row in table.rows
@@ -70,7 +62,8 @@ def check(table: Table, out: Path, overrides: Sequence[str]) -> None:
             continue  # nothing to compare with, and as good as the first seed
         try:
             wanted = build(compose(job.overrides)).resolved
-            problems |= dict.fromkeys(_strangers(path, wanted))
+            if other := difference(job.folder, wanted):
+                problems[f"{other}; choose another folder with --out"] = None
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
@@ -89,36 +82,4 @@ def outcome(folder: Path) -> Outcome | None:
     diverged = summary["status"] == "failed" and "every client failed" in reason
     if summary["status"] != "completed" and not diverged:
         return None
-    return Outcome([json.loads(line) for line in lines], reason if diverged else "")
-
-
-def _strangers(path: Path, wanted: dict[str, Any]) -> list[str]:
-    """Return the problem that ``path`` configures a run of other settings, if it does."""
-    if not path.is_file():
-        return []
-    found: Any = OmegaConf.to_container(OmegaConf.load(path))
-    wanted = _plain(wanted)
-    for key in sorted({*leaves(found), *leaves(wanted)} - {"out"}):
-        there, here = _at(found, key), _at(wanted, key)
-        if there != here:
-            return [
-                f"{path.parent}: holds a run with {key}={show(there)}, and here it is {show(here)};"
-                " choose another folder with --out"
-            ]
-    return []
-
-
-def _plain(tree: dict[str, Any]) -> Any:
-    """Return a configuration as it comes back from the file it is saved in."""
-    return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(tree))))
-
-
-def _at(tree: Any, key: str) -> Any:
-    for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree
-
-
-def _quoted(folder: Path) -> str:
-    text = str(folder).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+    return Outcome([with_numbers(json.loads(line)) for line in lines], reason if diverged else "")

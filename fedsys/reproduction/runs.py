@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedsys.reproduction.jobs import Outcome, check, outcome, plan
-from fedsys.reproduction.processes import finished, run_all
+from fedsys.reproduction.processes import finished
 from fedsys.reproduction.result import Result, judge
 from fedsys.reproduction.rows import Numbers
 from fedsys.reproduction.tables import Table
+from fedsys.sweeps.processes import run_all
 
 Tell = Callable[[str], None]
 
@@ -35,7 +36,8 @@ def reproduce(
     jobs = plan(table, out, overrides)
     missing = [job for job in jobs if outcome(job.folder) is None]
     tell(f"{table.name}: {len(jobs)} runs in {out}, {len(jobs) - len(missing)} of them there")
-    for number, (job, seconds) in enumerate(run_all(missing, processes), start=1):
+    for number, ended in enumerate(run_all(missing, processes), start=1):
+        job, seconds = ended.job, ended.seconds
         value = numbers(table, [finished(job)]).mean
         said = f"{value:.4g}" if math.isfinite(value) else "diverged"
         tell(

@@ -46,6 +46,11 @@ def reply(
     return RecordDict({SECAGG: answer})
 
 
+def check(content: RecordDict, state: RecordDict, settings: SecureAggregation) -> None:
+    """Raise ``ValueError`` unless the train message is of the round under way in ``state``."""
+    _under_way(_asked(content), state, settings)
+
+
 def mask(
     delta: Tensor,
     content: RecordDict,

@@ -4,8 +4,7 @@
     secret = f(0) = sum_x f(x) prod_{z != x} z / (z - x)
 
 Shamir, "How to Share a Secret", Communications of the ACM 22(11), 1979. A prime field of Python's
-own integers, since a secret shares its Lagrange coefficients with all others of its holders; the
-GF(2^128) of pycryptodome, in Python as well, takes some hundred times as long.
+own integers, since a secret shares its Lagrange coefficients with all others of its holders.
 """
 
 import secrets

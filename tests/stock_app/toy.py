@@ -93,6 +93,9 @@ class Notes:
     def failed(self, failure):
         self.failures.append((failure.client, failure.reason))
 
+    def watch(self, snapshot, updates):
+        return updates
+
     def finished(self, snapshot, record):
         self.events.append(f"finished {snapshot.round}")
         self.records.append(record)
