@@ -1,12 +1,9 @@
 """A strategy's run under way: where it stands, whom it asks, what it sends."""
 
-import logging
-import secrets
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
@@ -15,26 +12,23 @@ from fedsys import messages
 from fedsys.adapters.lowrank import moved
 from fedsys.attacks import corrupt
 from fedsys.codec import At
-from fedsys.engines.base import connected, exchange
+from fedsys.engines.base import exchange
 from fedsys.errors import ClientFailure, RunError
+from fedsys.invitations import ATTEMPTS, Invitations
+from fedsys.outbox import Outbox
 from fedsys.params import Params, chained, digest
 from fedsys.privacy.account import ClientAccount
 from fedsys.privacy.release import Release, merged
 from fedsys.records import EvaluateFn, Recorder
-from fedsys.registry import Online, Registry
+from fedsys.registry import Registry
 from fedsys.rounds import Round, Shapes
 from fedsys.secagg.session import Sums
-from fedsys.seeds import generator, numpy_generator
-from fedsys.snapshot import Snapshot, State
+from fedsys.seeds import generator
+from fedsys.snapshot import Snapshot
 from fedsys.update import Update
 
 if TYPE_CHECKING:
     from fedsys.strategy import Strategy
-
-log = logging.getLogger(__name__)
-
-_ATTEMPTS = 1000  # to find a cohort that is not empty, before round 1
-_LOST = -1  # the version held by a client that may have lost all, and gets it again
 
 
 class Session:
@@ -56,8 +50,7 @@ class Session:
         self.given = arrays  # what the driver of the rounds holds as x_t
         params = messages.decode(arrays, strategy.layout)
         self.codec = strategy.codec(params)
-        self.registry = Registry([])
-        self._connected()
+        self.invitations = Invitations(strategy, grid)
         num_clients = len(self.registry)
         self.now = Snapshot(
             round=0,
@@ -72,9 +65,18 @@ class Session:
         self.round = self.evaluation = Round(0, {}, arrays)
         self.sums = Sums(self, secagg, params) if (secagg := strategy.secagg) else None
         self._fruitless = 0  # rounds in a row in which every client failed
-        self._frozen: Params = {}
-        self._records: dict[str, ArrayRecord] = {}
-        self._encode()
+        self.outbox = Outbox(strategy, self.codec)
+        self.outbox.encode(self.now)
+
+    @property
+    def registry(self) -> Registry:
+        """Which client each node is."""
+        return self.invitations.registry
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """x_t as it is sent."""
+        return self.outbox.arrays
 
     # ---- before the rounds
 
@@ -83,7 +85,8 @@ class Session:
         now, asked = self.now, list[Round]()
 
         def ask(action: str, shapes: Shapes) -> Iterator[tuple[int, Params]]:
-            drawn = (self.draw(0, attempt)[0] for attempt in range(_ATTEMPTS))
+            draw = self.invitations.draw
+            drawn = (draw(now.participation, 0, attempt)[0] for attempt in range(ATTEMPTS))
             cohort: dict[int, int] = next(filter(None, drawn), {})
             phase = Round(0, cohort, self.arrays, private=self._private)
             asked.append(phase)
@@ -97,7 +100,7 @@ class Session:
 
         now.params, now.frozen = self.strategy.prepare(now.params, ask)
         now.basis = digest(now.frozen) if now.frozen else ""
-        self._encode()
+        self.outbox.encode(self.now)
         self.recorder.prepared(now, sum(phase.bytes_up + phase.bytes_down for phase in asked))
 
     def restore(self) -> bool:
@@ -106,66 +109,28 @@ class Session:
         if snapshot is None:
             return False
         self.now = snapshot
-        self.registry = Registry(snapshot.nodes)
-        self._connected()
-        self._encode()
+        self.invitations.resume(snapshot.nodes)
+        self.outbox.encode(self.now)
         self.recorder.prepared(snapshot, 0)
         return True
 
     # ---- in a round
 
-    def draw(self, server_round: int, *attempt: int) -> tuple[dict[int, int], State]:
-        """Return the cohort of a round as {client: node}, and the participation's next state."""
-        online = self._connected()
-        account = self.strategy.account
-        if isinstance(account, ClientAccount) and account.hides_cohorts:
-            rng = np.random.default_rng(secrets.randbits(128))  # the seed is in the run's settings
-        else:
-            rng = numpy_generator(self.strategy.seed, "participation", server_round, *attempt)
-        participation = self.strategy.participation
-        if getattr(participation, "exchangeable", False):  # as good among those connected as of all
-            places, state = participation.draw(server_round, len(online.clients), (), rng)
-            return {online.clients[place]: online.nodes[place] for place in places}, state
-        drawn, state = participation.draw(
-            server_round, len(self.registry), self.now.participation, rng
+    def contents(
+        self, clients: Iterable[int], arrays: ArrayRecord, config: ConfigRecord
+    ) -> Iterator[tuple[int, RecordDict]]:
+        """Yield each client with what is sent to it; what is equal is one object."""
+        return self.outbox.contents(
+            self.now, clients, arrays, config, lambda: self.recorder.checkpoints()
         )
-        return self.registry.pick(drawn, online), state
 
-    def sample(self, fraction: float, server_round: int) -> dict[int, int]:
-        """Return ``fraction`` of the connected clients with their nodes, drawn for evaluation."""
-        if not fraction:
-            return {}
-        clients, nodes = self._connected()
-        rng = numpy_generator(self.strategy.seed, "evaluation", server_round)
-        count = round(fraction * len(clients))
-        places = sorted(rng.choice(len(clients), count, replace=False, shuffle=False).tolist())
-        return {clients[place]: nodes[place] for place in places}
-
-    def cohort(self, server_round: int) -> tuple[dict[int, int], State]:
-        """Return the cohort and the next state, drawn again while an attack would have its way."""
-        attack = self.strategy.attack
-        for attempt in range(_ATTEMPTS):
-            cohort, state = self.draw(server_round, *([attempt] if attempt else []))
-            if attack is None or attack.accepts(cohort, len(self.registry)):
-                break
-        else:
-            log.warning("round %d: no cohort has an honest majority", server_round)
-        if isinstance(self.strategy.account, ClientAccount):
-            cohort = self.strategy.account.admitted(cohort, self.now.spent)
-        return cohort, state
-
-    def accomplices(self, server_round: int, cohort: Collection[int]) -> dict[int, int]:
-        """Return the clients outside ``cohort`` that train for the adversary, with their nodes."""
-        attack = self.strategy.attack
-        if attack is None:
-            return {}
-        rng = numpy_generator(self.strategy.seed, "accomplices", server_round)
-        asked = attack.extra(cohort, len(self.registry), rng)
-        return self.registry.pick(asked, self._connected()) if asked else {}
-
-    def open(self, server_round: int, cohort: dict[int, int]) -> Round:
-        """Begin the round of ``cohort``."""
-        shadow = self.accomplices(server_round, cohort)
+    def open(self, server_round: int) -> Round:
+        """Draw the cohort of a round, and begin it."""
+        now = self.now
+        cohort, now.participation = self.invitations.cohort(
+            now.participation, now.spent, server_round
+        )
+        shadow = self.invitations.accomplices(server_round, cohort)
         asked = dict(sorted({**cohort, **shadow}.items()))
         decode = None
         if (codec := self.codec) is not None:
@@ -174,7 +139,7 @@ class Session:
             def decode(client: int, arrays: Params) -> Params:
                 return codec.decode(arrays, At(seed, server_round, client))
 
-        layout, basis = self.strategy.layout, self.now.basis
+        layout, basis = self.strategy.layout, now.basis
         self.round = Round(
             server_round, asked, self.arrays, layout, basis, decode, shadow, self._private
         )
@@ -236,55 +201,12 @@ class Session:
         """Go on from ``arrays`` where somebody else's loop or wrapper has changed x_t."""
         if arrays is self.given or arrays is self.arrays:
             return
-        if self._packs:
+        if self.outbox.packs:
             raise ValueError("the arrays of a round may not be changed where a codec packs them")
         changed = messages.decode(arrays, self.strategy.layout)
         self.now.params = {n: changed[n].to(p.dtype) for n, p in self.now.params.items()}
         self.given = arrays
-        self._encode()
-
-    def contents(
-        self, clients: Iterable[int], arrays: ArrayRecord, config: ConfigRecord
-    ) -> Iterator[tuple[int, RecordDict]]:
-        """Yield each client with what is sent to it; what is equal is one object."""
-        config[messages.BASIS] = self.now.basis
-        keeps = self._remembers or self.strategy.account is not None
-        if rounds := self.recorder.checkpoints() if keeps else []:  # Flower has no empty lists
-            config[messages.CHECKPOINTS] = rounds
-        known = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: config})
-        missing: dict[str, RecordDict] = {}
-        for client in clients:
-            lacks = self._lacks(client)
-            if lacks is None:
-                content = known
-            else:
-                content = missing.get(lacks) or self._supply(lacks, known)
-                missing[lacks] = content
-            if self._tells_numbers:
-                content = content.copy()
-                own = {messages.CLIENT: client}
-                if self._remembers:
-                    own[messages.ACCEPTED] = self.now.accepted.get(client, 0)
-                content[messages.CONFIG] = ConfigRecord({**config, **own})
-            yield client, content
-
-    def _lacks(self, client: int) -> str | None:
-        """Return which record the client needs before it can train; None when it has all."""
-        now = self.now
-        held = now.informed.get(client)
-        if now.base:  # which everybody holds as it was at the beginning
-            behind = now.version - (held or 0)
-            cheap = 0 < messages.numbers(now.moves) < messages.numbers(now.base)
-            if not behind:
-                return None
-            return messages.MOVES if behind == 1 and cheap else messages.BASE
-        return messages.FROZEN if self.sends_factors and held in (None, _LOST) else None
-
-    def _supply(self, name: str, known: RecordDict) -> RecordDict:
-        """Return ``known`` with the record ``name``."""
-        content = known.copy()
-        content[name] = self._records[name]
-        return content
+        self.outbox.encode(self.now)
 
     def close(self, server_round: int) -> None:
         """Count the round as done, and whoever has not answered as failed."""
@@ -292,13 +214,7 @@ class Session:
         current.close(self.excluded)
         now.round = server_round
         now.spent |= current.spent
-        if now.base or self.sends_factors:
-            now.informed.update(dict.fromkeys(current.answered, now.version))
-            for client in {failure.client for failure in current.failures} & current.nodes.keys():
-                if client not in current.answered:
-                    now.informed[client] = _LOST
-        if self._remembers:
-            now.accepted.update(dict.fromkeys(current.answered, server_round))
+        self.outbox.delivered(now, current)
 
     def adopt(self, params: Params, moves: Params) -> None:
         """Make ``params`` x_{t+1}, and move the base by ``moves`` if there are any."""
@@ -308,7 +224,7 @@ class Session:
             now.base = moved(now.base, moves)
             now.basis, now.version = chained(now.basis, moves), now.version + 1
             self.recorder.moved(now)
-        self._encode()
+        self.outbox.encode(self.now)
         self.given = self.arrays
 
     def excluded(self, failure: ClientFailure) -> None:
@@ -359,25 +275,10 @@ class Session:
             result.evaluate_metrics_serverapp[server_round] = metrics
 
     @property
-    def _remembers(self) -> bool:
-        return self.codec is not None and self.codec.remembers
-
-    @property
     def _private(self) -> bool:
         """Whether clients protect their rows, and say what that has cost."""
         account = self.strategy.account
         return account is not None and account.unit == "record"
-
-    @property
-    def _tells_numbers(self) -> bool:
-        # Which rows it holds does not tell a client how the server numbers its node.
-        attack = self.strategy.attack
-        return self.codec is not None or (attack is not None and attack.flips_labels)
-
-    @property
-    def sends_factors(self) -> bool:
-        """Whether clients are sent frozen factors at first contact."""
-        return bool(self.now.frozen) and self.strategy.sends_factors
 
     def _check_progress(self, *, last: bool) -> None:
         """Stop after three rounds in a row, or a last one, in which every client failed."""
@@ -387,24 +288,3 @@ class Session:
             raise RunError(
                 f"every client failed in round {current.index}; the first: {current.reasons[0]}"
             )
-
-    def _connected(self) -> Online:
-        """Return who is connected, as soon as enough are."""
-        strategy = self.strategy
-        return self.registry.online(connected(self.grid, strategy.min_clients, strategy.patience))
-
-    def _encode(self) -> None:
-        now = self.now
-        packed = None
-        if self.codec is not None:
-            packed = self.codec.pack(now.params)
-        self._packs = packed is not None  # other arrays than x_t
-        if packed is None:
-            self.arrays = messages.encode(now.params, self.strategy.layout)
-        else:
-            self.arrays = messages.encode(packed)
-        if self._frozen is not now.frozen:
-            self._frozen, self._records[messages.FROZEN] = now.frozen, messages.encode(now.frozen)
-        if now.base:
-            self._records[messages.BASE] = messages.encode(now.base)
-            self._records[messages.MOVES] = messages.encode(now.moves)

@@ -162,8 +162,7 @@ class Strategy(FlowerStrategy):
             session = self._session = Session(self, grid, arrays, TIMEOUT, NoRecorder())
             session.prepare()
         session.take_over(arrays)
-        cohort, session.now.participation = session.cohort(server_round)
-        current = session.open(server_round, cohort)
+        current = session.open(server_round)
         settings = ConfigRecord({**config, **self.train_config(), messages.ROUND: server_round})
         return current.address("train", session.outgoing(settings))
 
@@ -186,7 +185,7 @@ class Strategy(FlowerStrategy):
     ) -> list[Message]:
         """Ask ``fraction_evaluate`` of all clients to evaluate x_t on their own data."""
         session = self._under_way()
-        asked = session.sample(self.fraction_evaluate, server_round)
+        asked = session.invitations.sample(self.fraction_evaluate, server_round)
         session.evaluation = Round(server_round, asked, arrays)
         if not asked:
             return []

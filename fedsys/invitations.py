@@ -1,0 +1,97 @@
+"""Who is asked: the cohort of a round, an adversary's accomplices, a sample for evaluation."""
+
+import logging
+import secrets
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from fedsys.engines.base import connected
+from fedsys.privacy.account import ClientAccount
+from fedsys.privacy.release import Spent
+from fedsys.registry import Online, Registry
+from fedsys.seeds import numpy_generator
+from fedsys.snapshot import State
+
+if TYPE_CHECKING:
+    from fedsys.strategy import Strategy
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 1000  # to draw a cohort that may be used
+
+Cohort = dict[int, int]  # client -> its node
+
+
+class Invitations:
+    """Draws from the clients that are connected; what it draws depends on names, not on order."""
+
+    def __init__(self, strategy: "Strategy", grid: Grid) -> None:
+        """Wait until enough clients are connected, and number them."""
+        self._strategy, self._grid = strategy, grid
+        self.registry = Registry([])
+        self.online()
+
+    def online(self) -> Online:
+        """Return who is connected, as soon as enough are."""
+        strategy = self._strategy
+        return self.registry.online(connected(self._grid, strategy.min_clients, strategy.patience))
+
+    def resume(self, nodes: list[int]) -> None:
+        """Go on with the clients that an earlier process has numbered."""
+        self.registry = Registry(nodes)
+        self.online()
+
+    def draw(self, drawn: State, server_round: int, *attempt: int) -> tuple[Cohort, State]:
+        """Return a cohort, and the participation's state after ``drawn``."""
+        online = self.online()
+        rng = self._generator(server_round, *attempt)
+        participation = self._strategy.participation
+        if getattr(participation, "exchangeable", False):  # as good among those connected as of all
+            places, state = participation.draw(server_round, len(online.clients), (), rng)
+            return {online.clients[place]: online.nodes[place] for place in places}, state
+        clients, state = participation.draw(server_round, len(self.registry), drawn, rng)
+        return self.registry.pick(clients, online), state
+
+    def cohort(
+        self, drawn: State, spent: Mapping[int, Spent], server_round: int
+    ) -> tuple[Cohort, State]:
+        """Return a cohort in which an attack has not its way, and who can pay for a round."""
+        strategy = self._strategy
+        attack, account = strategy.attack, strategy.account
+        for attempt in range(ATTEMPTS):
+            cohort, state = self.draw(drawn, server_round, *([attempt] if attempt else []))
+            if attack is None or attack.accepts(cohort, len(self.registry)):
+                break
+        else:
+            log.warning("round %d: no cohort has an honest majority", server_round)
+        if isinstance(account, ClientAccount):
+            cohort = account.admitted(cohort, spent)
+        return cohort, state
+
+    def accomplices(self, server_round: int, cohort: Collection[int]) -> Cohort:
+        """Return the clients outside ``cohort`` that train for the adversary."""
+        attack = self._strategy.attack
+        if attack is None:
+            return {}
+        rng = numpy_generator(self._strategy.seed, "accomplices", server_round)
+        asked = attack.extra(cohort, len(self.registry), rng)
+        return self.registry.pick(asked, self.online()) if asked else {}
+
+    def sample(self, fraction: float, server_round: int) -> Cohort:
+        """Return ``fraction`` of the connected clients, drawn for evaluation."""
+        if not fraction:
+            return {}
+        clients, nodes = self.online()
+        rng = numpy_generator(self._strategy.seed, "evaluation", server_round)
+        count = round(fraction * len(clients))
+        places = sorted(rng.choice(len(clients), count, replace=False, shuffle=False).tolist())
+        return {clients[place]: nodes[place] for place in places}
+
+    def _generator(self, server_round: int, *attempt: int) -> np.random.Generator:
+        account = self._strategy.account
+        if isinstance(account, ClientAccount) and account.hides_cohorts:
+            return np.random.default_rng(secrets.randbits(128))  # the seed is in the run's settings
+        return numpy_generator(self._strategy.seed, "participation", server_round, *attempt)
