@@ -31,13 +31,18 @@ def groups(bfloat16: bool) -> list[Group]:
     """Return all groups, with or without the cases in bfloat16."""
     w1, w2 = ("experiment=bench_w1",), ("experiment=bench_w2",)
     many = (*w1, "num_clients=100000")
-    low = (*w2, "dtype=bfloat16")
+    w3, low = ("experiment=bench_w3",), (*w2, "dtype=bfloat16")
     adapters = [
         Case("loop, float32", "bare", w2),
         Case("fedsys, float32", "ours", w2, target=1.0, tolerance=1e-4),
     ]
     if bfloat16:
         adapters.append(Case("fedsys, bfloat16", "ours", low, target=3.0))
+    private = [Case("float32", "ours", w2), Case("float32, private", "ours", w3, target=1 / 1.1)]
+    private_low = [
+        Case("bfloat16", "ours", low),
+        Case("bfloat16, private", "ours", (*w3, "dtype=bfloat16"), target=1 / 1.1),
+    ]
     return [
         Group(
             "w1",
@@ -49,6 +54,8 @@ def groups(bfloat16: bool) -> list[Group]:
             rounds=5,
         ),
         Group("w2", tuple(adapters), turns=2, rounds=1),
+        Group("w3", tuple(private), turns=3, rounds=1),
+        *([Group("w3_bfloat16", tuple(private_low), turns=3, rounds=2)] if bfloat16 else []),
         Group(
             "scaling",
             (

@@ -8,6 +8,7 @@ from fedsys.config import Experiment
 from fedsys.engines.local import LocalGrid
 from fedsys.federation import assemble, chunk_size
 from fedsys.params import Params
+from fedsys.protection import protected
 from fedsys.records import NoRecorder, RoundRecord
 from fedsys.snapshot import Snapshot
 
@@ -36,7 +37,8 @@ def run(experiment: Experiment, pace: Pace) -> None:
     clients, chunk = len(federation.shards), chunk_size(federation)
     grid = LocalGrid(CohortApp(lambda _: federation.site), clients, chunk=chunk)
     start = federation.model.layout.unpack(federation.model.initial)
-    pace.start()
-    federation.strategy.start(
-        grid, federation.initial, ENDLESS, experiment.timeout, recorder=Timekeeper(pace, start)
-    )
+    with protected(federation, clients_here=True):
+        pace.start()
+        federation.strategy.start(
+            grid, federation.initial, ENDLESS, experiment.timeout, recorder=Timekeeper(pace, start)
+        )

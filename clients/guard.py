@@ -6,7 +6,7 @@ keep     store the replies, enter them in the ledger; only then may they be sent
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 
 from clients.private import Private
@@ -73,6 +73,7 @@ class Guard:
     seed: int
     initial_rows: int | None = 0  # of a client in the gradient phase; None: all, 0: no such phase
     _plans: Callable[[int, int, int], Release] = field(init=False, repr=False)
+    _latest: int = field(default=0, init=False, repr=False)  # round with a reply
 
     def __post_init__(self) -> None:
         """Plan the noise of clients of equal size once."""
@@ -116,32 +117,47 @@ class Guard:
         answer = Answer(arrays, said["metrics"], said["stream"], spent)
         entry = self._entry(charge, answer)
         if not self._entered(entry):
+            # What was noted then may be less than what other runs have spent since.
+            answer = replace(answer, spent=self._with(charge))
             self.ledger.append([entry])
         return answer
 
     def answer(self, charge: Charge, arrays: Params, metrics: dict[str, float]) -> Answer:
         """Return the answer to ``charge``, which is not yet kept."""
-        spent = merged((*self.ledger.spent(charge.owner.name), charge.release))
-        return Answer(arrays, metrics, charge.stream.id, spent)
+        return Answer(arrays, metrics, charge.stream.id, self._with(charge))
 
     def keep(self, charges: Sequence[Charge], answers: Sequence[Answer]) -> None:
         """Store ``answers`` and enter what they cost; nothing may leave when this raises."""
         for charge, answer in zip(charges, answers, strict=True):
+            self._latest = charge.round
             spent = [astuple(release) for release in answer.spent]
             said = {"metrics": answer.metrics, "stream": answer.stream, "spent": spent}
             self.replies.put(charge.client, charge.round, charge.key, answer.arrays, said)
         entries = [self._entry(*pair) for pair in zip(charges, answers, strict=True)]
-        # The very same reply, made again from a seed after a crash, has been paid for.
-        self.ledger.append([e for e in entries if not self._entered(e)])
+        # The very same reply, made again from a seed after a crash, has been paid for; one that
+        # other noise happened to lead to has not.
+        again = self.privacy.reproducible
+        self.ledger.append([e for e in entries if not (again and self._entered(e))])
 
     def prune(self, checkpoints: Sequence[int]) -> None:
         """Drop replies that a server with these checkpoints will never ask for again."""
-        oldest = min(checkpoints, default=0)
-        # Without a checkpoint the run may begin again, with its initialisation in round 0.
+        if not checkpoints:  # it keeps none, and never goes back
+            self.replies.prune(None, self._latest)
+            return
+        oldest = min(checkpoints)
+        # Round 0 is no checkpoint: the run may begin again, with its initialisation.
         self.replies.prune(None, oldest + 1 if oldest else 0)
 
     def spent(self, owner: Owner) -> Spent:
-        """Return all that the client has released."""
+        """Return all that the client has released, to be said with a sum that has no noise.
+
+        Raises ``ValueError`` where such a sum may not leave the client, whoever asks for it.
+        """
+        if not self.privacy.allow_unprotected_initialisation:
+            raise ValueError(
+                "this client's rows are private: it sends no gradients without noise; see"
+                " privacy.allow_unprotected_initialisation"
+            )
         return self.ledger.spent(owner.name)
 
     def _charged(
@@ -157,7 +173,7 @@ class Guard:
         seed = self.seed if self.privacy.reproducible else None
         noise = stream(seed, mechanism, round, client)
         charge = Charge(client, owner, round, key, mechanism, release, noise)
-        if self.replies.get(client, round, key) is None:
+        if not self._paid(charge):
             target = self.privacy.epsilon
             afford(owner.name, self.ledger.spent(owner.name), [release], target, self.delta)
         return charge
@@ -173,6 +189,18 @@ class Guard:
             return ()
         rows = num_examples if self.initial_rows is None else self.initial_rows
         return (self.privacy.initial(min(1.0, rows / num_examples), self.delta),)
+
+    def _with(self, charge: Charge) -> Spent:
+        """Return all that the client will have released with ``charge``."""
+        return merged((*self.ledger.spent(charge.owner.name), charge.release))
+
+    def _paid(self, charge: Charge) -> bool:
+        """Whether the answer to ``charge`` is stored and entered: it may leave once more."""
+        found = self.replies.get(charge.client, charge.round, charge.key)
+        if found is None:
+            return False
+        # One that a kill left unentered is not paid for: another run may have spent the budget.
+        return self.ledger.find(self.run, charge.round, charge.owner.name, digest(found[0]))
 
     def _entered(self, entry: NewEntry) -> bool:
         return self.ledger.find(entry.run, entry.round, entry.client, entry.reply)

@@ -109,7 +109,7 @@ def test_exact_gaussian_figures(mu, value):
     steps=st.integers(1, 3000),
     log_delta=st.floats(-9, -2),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_without_sampling_it_is_the_exact_gaussian(z, steps, log_delta):
     delta, mu = 10**log_delta, math.sqrt(steps) / z
     if mu > 30:
@@ -430,14 +430,15 @@ def test_calibration_asks_for_few_figures(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @given(
     z=st.floats(0.3, 8),
     target=st.floats(-1.5, 2).map(lambda power: 10**power),
     delta=st.floats(-10, -2).map(lambda power: 10**power),
     q=st.floats(-5, 0).map(lambda power: 10**power),
-    steps=st.floats(0, 4.7).map(lambda power: int(10**power)),
+    steps=st.floats(0, 4).map(lambda power: int(10**power)),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_accountants_agree_and_noise_fits_over_a_wide_range(z, target, delta, q, steps):
     figures = check([Release(z, q, steps)], delta)
     assert figures.pld <= upper_bound([Release(z, q, steps)], delta) * (1 + GRID) + 1e-5

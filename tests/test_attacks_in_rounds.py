@@ -276,7 +276,7 @@ def test_cohorts_are_drawn_until_the_honest_have_the_majority(make: Make) -> Non
 def test_a_participation_that_leaves_no_choice_goes_on_with_a_warning(
     make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsys.session._ATTEMPTS", 3)
+    monkeypatch.setattr("fedsys.invitations.ATTEMPTS", 3)
     attack = ["attack=sign_flip", "attack.fraction=0.4", "attack.honest_majority=true"]
     federation = attended_by(make("strategy=fedavg", *attack), Cohorts({1: [0, 1, 4], 2: [3]}))
     run = play(federation)

@@ -371,6 +371,7 @@ def sample_reasons(**parts: Any) -> list[str]:
         "adapter": None,
         "strategy": None,
         "data": None,
+        "partition": None,
         "attack": None,
         "secagg": None,
         "checkpoint": SimpleNamespace(every=1),

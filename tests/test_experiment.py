@@ -57,7 +57,7 @@ def test_a_run_folder_holds_what_it_should(finished: fedsys.RunResult) -> None:
     assert names == {
         "config.yaml", "overrides.yaml", "env.json", "metrics.jsonl", "summary.json",
         "checkpoints", "adapter", "partition.json", "partition.png", "participation.jsonl",
-        "participation.png",
+        "participation.png", "report.html",
     }  # fmt: skip
     text = (finished.folder / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]

@@ -25,9 +25,11 @@ def noise_multiplier(
 ) -> float:
     """Return z with which ``before`` and ``steps`` more cost at most ``target_epsilon``.
 
-    Epsilon by PLD is then in [0.999, 1] of the target; below that only where even ``NO_NOISE``,
-    the least z there is, costs less, which is then returned. 0.0 for an infinite target. Raises
-    ``ValueError`` for a target that is not positive or that ``before`` has already spent.
+    Epsilon by PLD is then in [0.999, 1] of the target. It is below that where even ``NO_NOISE``,
+    the least z there is, costs less, which is then returned; and it may be a few percent below
+    where steps * sample_rate is about delta, since z is then so small that the grid shows.
+    0.0 for an infinite target. Raises ``ValueError`` for a target that is not positive or that
+    ``before`` has already spent, and for no steps.
     """
     if not target_epsilon > 0:
         raise ValueError(f"target_epsilon must be positive, or inf, got {target_epsilon}")

@@ -80,7 +80,7 @@ def resolution(spent: Spent, delta: float) -> tuple[float, float]:
     widest = max((_widest(m, math.sqrt(-2 * tail)) for m in mechanisms), default=0.0)
     scale = renyi.bound(spent, delta)
     least = max(2e-6 * scale, widest / _MOST_POINTS, 1e-9)
-    wanted = max(min(math.sqrt(variance) / 8, max(_COARSEST, 1e-4 * scale)), least)
+    wanted = max(min(math.sqrt(variance) / 8, max(_COARSEST, 1e-5 * scale)), least)
     return _COARSEST * 2.0 ** math.floor(math.log2(wanted / _COARSEST)), tail
 
 

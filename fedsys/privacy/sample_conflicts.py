@@ -37,6 +37,11 @@ def refusals(experiment: "Experiment") -> list[str]:
             "privacy=sample with evaluate.clients=true: a client's metrics on its own rows would"
             " leave it without noise; epsilon would say nothing of them"
         )
+    if _class(experiment.partition, {"Bootstrap": "bootstrap"}):
+        reasons.append(
+            "privacy=sample with partition=bootstrap: a record is drawn by several clients, and by"
+            " one several times; epsilon is of records that are counted once. Use another partition"
+        )
     init = getattr(experiment.adapter, "init", "")
     if init == "client_sum" and not privacy.allow_unprotected_initialisation:
         reasons.append(

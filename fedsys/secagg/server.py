@@ -91,8 +91,9 @@ class Server:
 
     def parcels(self) -> dict[int, Parcels]:
         """Return for every client that may go on what its neighbours made for it."""
+        self._enough(len(self._parcels), "sent shares")
         able = self._able(set(self._parcels))
-        self._enough(len(able), "sent shares")
+        self._enough(len(able), "are left with enough neighbours")
         self._phase = 2
         self._parcels = {client: self._parcels[client] for client in sorted(able)}
         return {
