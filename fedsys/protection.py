@@ -94,8 +94,10 @@ def run_id(experiment: Experiment) -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def protected(federation: "Federation", clients_here: bool) -> AbstractContextManager[Ledger | None]:
-    """Return the ledger kept by this process, to be held while it trains; None if it keeps none."""
+def protected(
+    federation: "Federation", clients_here: bool
+) -> AbstractContextManager[Ledger | None]:
+    """Return the ledger that this process keeps, to be held while it trains; None if none is."""
     ledger = protect_server(federation)
     if ledger is None and clients_here:
         ledger = protect_clients(federation, durable=False)

@@ -114,7 +114,6 @@ class ServerBook:
             ]
         )
 
-
     def known(self, spent: Mapping[int, Spent]) -> Mapping[int, Spent]:
         """Return the spending of the clients of ``spent`` as the ledger has it.
 
