@@ -18,7 +18,6 @@ from fedsys.privacy.noise import Stream, stream
 from fedsys.privacy.release import Release, Spent, merged
 from fedsys.privacy.sample_level import SamplePrivacy
 
-
 Start = tuple[str, str]  # the digests of x_t and of what is frozen
 
 

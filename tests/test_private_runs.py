@@ -1,10 +1,13 @@
-"""Private runs from end to end: what is promised, and that it outlasts whatever happens to a run."""
+"""Private runs from end to end: what is promised holds, whatever happens to a run."""
 
 import json
 import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -39,7 +42,9 @@ from fedsys.privacy.sample_level import SamplePrivacy
 from fedsys.privacy.verify import verify
 from fedsys.protection import protected
 from fedsys.report import write_report
+from fedsys.seeds import numpy_generator
 from tests.runs import (
+    SMALL,
     Tampering,
     app_of,
     arrays_in,
@@ -393,6 +398,39 @@ def test_a_round_of_a_private_server_that_is_done_again_is_paid_for_again(tmp_pa
     in_order(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [SAMPLE, CLIENT], ids=["sample", "client"])
+def test_a_run_killed_at_any_moment_forgets_nothing(
+    overrides: Sequence[str], tmp_path: Path
+) -> None:
+    out, words = tmp_path / "run", [sys.executable, "-m", "fedsys"]
+    rounds = ["rounds=60", "checkpoint.every=2", f"out={out}"]
+    begin = [*words, "run", *SMALL, *overrides, Z, *rounds]
+    rng, kills, before = numpy_generator(0, "kills"), 0, b""
+    path = out / "ledger" / FILE
+    for _ in range(8):
+        going = subprocess.Popen(
+            [*words, "resume", str(out)] if before else begin,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while going.poll() is None and (not path.exists() or path.stat().st_size <= len(before)):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.5))
+        going.kill()
+        kills += going.wait() == -signal.SIGKILL
+        now = path.read_bytes()
+        assert now.startswith(before[: before.rfind(b"\n") + 1])
+        assert read(out / "ledger")
+        before = now
+    assert kills >= 3
+    assert main(["resume", str(out)]) == 0
+    in_order(out)
+    assert times(out) == {1} if overrides is SAMPLE else 1 in times(out)
+    assert {e.round for e in entries(out)} == set(range(1, 61))
+    assert path.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+
+
 # ---- a ledger that is not what it was
 
 
@@ -539,13 +577,15 @@ def test_a_private_server_spends_its_budget(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_initialisation_cost_is_said(
-    overrides: list[str], said: str, tmp_path: Path
+    overrides: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = go(tmp_path, "privacy=sample", "checkpoint.every=1", "adapter.rank=4", *overrides)
     assert result.summary["privacy"]["initialisation"] == said
     report = verify(tmp_path)
     assert report.problems == []
     assert dict(report.rows())["initialisation, as said"] == said
+    Terminal().finished(result)
+    assert f"initialisation   {said}" in capsys.readouterr().out
     first = [e for e in entries(tmp_path) if e.mechanism == "initialisation"]
     assert len(first) == (5 if said == "included" else 0)
     assert {e.round for e in first} <= {0}

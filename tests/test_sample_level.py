@@ -141,7 +141,7 @@ def test_an_initialisation_without_noise_needs_to_be_asked_for_by_name() -> None
 
 
 def test_who_asks_for_privacy_alone_is_told_what_to_add() -> None:
-    with pytest.raises(ConfigError, match="privacy.epsilon=3"):
+    with pytest.raises(ConfigError, match=r"such as privacy\.epsilon=3"):
         configure(["privacy=sample", "out=/nowhere"])
 
 
@@ -162,7 +162,7 @@ def test_delta_is_half_of_what_the_largest_client_may_have() -> None:
 
 
 def test_a_delta_that_would_publish_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match="below 1/n = 0.005 for n = 200"):
+    with pytest.raises(ValueError, match=r"below 1/n = 0\.005 for n = 200"):
         account("privacy.epsilon=8", "privacy.delta=0.005")
 
 

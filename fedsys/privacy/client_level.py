@@ -26,7 +26,6 @@ Clipping", NeurIPS 2021, https://arxiv.org/abs/1905.03871, Algorithm 1 and Theor
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -34,6 +33,7 @@ import torch
 from fedsys.params import Params, norm
 from fedsys.participation import Bernoulli, Participation, SupportsMarginals, Uniform
 from fedsys.privacy.accounting import epsilon, noise_multiplier
+from fedsys.privacy.budget import Budget
 from fedsys.privacy.noise import Stream, grid, noised, rounding
 from fedsys.privacy.release import Release, Spent
 from fedsys.update import Update
@@ -42,36 +42,28 @@ BOUND = "clipping_norm"  # its name in the server's memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientPrivacy:
+class ClientPrivacy(Budget):
     """Clients are protected by noise at the server, which is trusted; how many there are is public.
 
-    With ``epsilon`` alone the noise is calibrated; with ``noise_multiplier`` alone there is no
-    limit; with both, clients leave when their budget is spent. ``epsilon=inf`` clips without noise.
+    The noise multiplier includes what the count of unclipped updates takes; ``rounds`` are those
+    that a client may be asked in; delta is by default 1 / (2 num_clients).
     """
 
     unit: ClassVar[str] = "client"
 
-    epsilon: float | None  # the budget of every client, over all rounds
-    noise_multiplier: float | None  # z: std of the noise / clipping_norm, the count's included
-    delta: float | None  # None: 1 / (2 num_clients)
     clipping_norm: float  # C; with a quantile, that of round 1; inf only without noise
-    rounds: int | None  # that a client may be asked in; None: all
     quantile: float | None  # gamma, the share of updates that C shall leave as they are; None: C
     quantile_lr: float  # eta
     count_noise: float | None  # sigma_b, in clients; None: expected cohort / 20, as in the paper
-    reproducible: bool  # noise from the seed, for tests: who knows the seed sees through it
-    ledger: Path | None  # folder of what clients have spent; None: in the run folder
     canaries: int | None = None  # clients planted for an audit
 
     def __post_init__(self) -> None:
         """Check ranges; raises ``ValueError``."""
-        self._check_budget()
+        super().__post_init__()
         if not self.clipping_norm > 0:
             raise ValueError(f"clipping_norm must be positive, got {self.clipping_norm}")
         if self.clipping_norm == math.inf and (self.quantile is not None or not self.noiseless):
             raise ValueError("clipping_norm=inf bounds nothing: it needs epsilon=inf, no quantile")
-        if self.rounds is not None and self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         if self.canaries is not None:
             self._check_canaries(self.canaries)
         if self.quantile is not None and not 0 < self.quantile < 1:
@@ -81,24 +73,6 @@ class ClientPrivacy:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}")
 
-    def _check_budget(self) -> None:
-        if self.epsilon is None and self.noise_multiplier is None:
-            raise ValueError(
-                "epsilon or noise_multiplier must be given, such as privacy.epsilon=3: the budget"
-                " of every client over the whole run"
-            )
-        if self.epsilon is not None and not self.epsilon > 0:
-            raise ValueError(f"epsilon must be positive, or inf for no noise, got {self.epsilon}")
-        if self.noise_multiplier is not None and not 0 < self.noise_multiplier < math.inf:
-            raise ValueError(
-                f"noise_multiplier must be positive, got {self.noise_multiplier};"
-                " privacy.epsilon=inf clips without noise"
-            )
-        if self.noiseless and self.noise_multiplier is not None:
-            raise ValueError("epsilon=inf is without noise, so noise_multiplier has no meaning")
-        if self.delta is not None and not 0 < self.delta < 1:
-            raise ValueError(f"delta must be in (0, 1), got {self.delta}")
-
     def _check_canaries(self, canaries: int) -> None:
         if canaries < 2:
             raise ValueError(f"canaries must be at least 2, or null for none, got {canaries}")
@@ -107,11 +81,6 @@ class ClientPrivacy:
                 f"canaries={canaries} send updates as long as clipping_norm, which they would drive"
                 " up; set privacy.quantile=null and a finite privacy.clipping_norm"
             )
-
-    @property
-    def noiseless(self) -> bool:
-        """Whether updates are clipped and nothing is added."""
-        return self.epsilon == math.inf
 
     # ---- the mechanism
 
