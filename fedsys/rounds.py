@@ -7,7 +7,7 @@ from functools import partial
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 
-from fedsys import messages
+from fedsys import checks, messages
 from fedsys.errors import ClientFailure
 from fedsys.params import Layout, Params
 from fedsys.privacy.release import Spent
@@ -80,7 +80,7 @@ class Round:
             decode = partial(self.decode, client) if self.decode else None
             try:
                 self._note_spent(client, reply)
-                update = messages.read_update(
+                update = checks.read_update(
                     reply, client, self.sent, self.layout, self.basis, decode
                 )
             except ClientFailure as failure:
@@ -98,7 +98,7 @@ class Round:
         for client, reply in self._arrivals(replies, excluded):
             try:
                 self._note_spent(client, reply)
-                yield client, messages.read_arrays(reply, client, shapes)
+                yield client, checks.read_arrays(reply, client, shapes)
             except ClientFailure as failure:
                 self.exclude(failure, excluded)
 
@@ -108,7 +108,7 @@ class Round:
         """Yield (client, content) of the replies that are no errors in order of clients."""
         for client, reply in self._arrivals(replies, excluded):
             try:
-                content = messages.read_content(reply, client)
+                content = checks.read_content(reply, client)
             except ClientFailure as failure:
                 self.exclude(failure, excluded)
                 continue
@@ -127,7 +127,7 @@ class Round:
         for client, reply in self._arrivals(replies, excluded):
             try:
                 self._note_spent(client, reply)
-                num_examples = messages.read_masked(reply, client, self.basis)
+                num_examples = checks.read_masked(reply, client, self.basis)
             except ClientFailure as failure:
                 self.exclude(failure, excluded)
                 continue
@@ -141,7 +141,7 @@ class Round:
         """Yield (num_examples, metrics) of the usable evaluation replies in order of clients."""
         for client, reply in self._arrivals(replies, excluded):
             try:
-                metrics = messages.read_reply_metrics(reply, client)
+                metrics = checks.read_reply_metrics(reply, client)
             except ClientFailure as failure:
                 self.exclude(failure, excluded)
                 continue
@@ -249,7 +249,7 @@ class Round:
     def _note_spent(self, client: int, reply: Message) -> None:
         """Note what a private client has spent, whether or not its reply can be used."""
         if self.private and reply.has_content():
-            self.spent[client] = messages.read_spent(reply, client)
+            self.spent[client] = checks.read_spent(reply, client)
 
     def _note(self, metrics: dict[str, float], num_examples: int) -> None:
         self._examples += num_examples

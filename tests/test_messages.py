@@ -17,7 +17,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsys import messages
+from fedsys import checks, messages
 from fedsys.arrays import TensorArray, tensor_of
 from fedsys.engines.local import LocalGrid
 from fedsys.errors import ClientFailure
@@ -76,7 +76,7 @@ def arrays(**changes) -> ArrayRecord:
 
 
 def read(reply, **options):
-    return messages.read_update(reply, 5, messages.encode(SENT), **options)
+    return checks.read_update(reply, 5, messages.encode(SENT), **options)
 
 
 def reason(reply, **options) -> str:
@@ -280,7 +280,7 @@ def test_names_in_another_order_are_the_same_update():
 def test_whole_numbers_do_not_wrap_around():
     sent = {"x": torch.tensor([200], dtype=torch.uint8), "flag": torch.tensor([True])}
     got = {"x": torch.tensor([100], dtype=torch.uint8), "flag": torch.tensor([False])}
-    update = messages.read_update(replied(ArrayRecord(got)), 0, messages.encode(sent))
+    update = checks.read_update(replied(ArrayRecord(got)), 0, messages.encode(sent))
     assert update.delta["x"].tolist() == [-100.0]
     assert update.delta["flag"].tolist() == [-1.0]
 
@@ -288,20 +288,20 @@ def test_whole_numbers_do_not_wrap_around():
 def test_an_infinity_that_was_sent_may_come_back():
     sent = {"mask": torch.tensor([0.0, -torch.inf])}
     back = {"mask": torch.tensor([1.0, -torch.inf])}
-    update = messages.read_update(replied(ArrayRecord(back)), 0, messages.encode(sent))
+    update = checks.read_update(replied(ArrayRecord(back)), 0, messages.encode(sent))
     assert update.delta["mask"].tolist() == [1.0, 0.0]
     moved = {"mask": torch.tensor([-torch.inf, 0.0])}
     with pytest.raises(ClientFailure, match="NaN or Inf"):
-        messages.read_update(replied(ArrayRecord(moved)), 0, messages.encode(sent))
+        checks.read_update(replied(ArrayRecord(moved)), 0, messages.encode(sent))
 
 
 def test_large_finite_numbers_are_no_infinity():
     sent = {"x": torch.zeros(4)}
     large = {"x": torch.full((4,), 3e38)}  # their sum overflows
-    update = messages.read_update(replied(ArrayRecord(large)), 0, messages.encode(sent))
+    update = checks.read_update(replied(ArrayRecord(large)), 0, messages.encode(sent))
     assert torch.equal(update.delta["x"], large["x"])
     with pytest.raises(ClientFailure, match="NaN or Inf"):  # and so does a difference
-        messages.read_update(replied(ArrayRecord({"x": -large["x"]})), 0, messages.encode(large))
+        checks.read_update(replied(ArrayRecord({"x": -large["x"]})), 0, messages.encode(large))
 
 
 def other(shape=(3, 2), dtype=torch.float32, fill=1.0):
@@ -399,21 +399,21 @@ def test_the_factors_must_be_those_of_the_server(basis, record, fits):
 def test_a_packed_vector_of_another_size_is_refused(size):
     layout = Layout({"w": torch.Size([3, 2])}, torch.float32)
     sent = messages.encode_flat(torch.zeros(6))
-    good = messages.read_update(replied(messages.encode_flat(torch.arange(6.0))), 0, sent, layout)
+    good = checks.read_update(replied(messages.encode_flat(torch.arange(6.0))), 0, sent, layout)
     assert torch.equal(good.delta["w"], torch.arange(6.0).view(3, 2))
     with pytest.raises(ClientFailure, match="packed is"):
-        messages.read_update(replied(messages.encode_flat(torch.zeros(size))), 0, sent, layout)
+        checks.read_update(replied(messages.encode_flat(torch.zeros(size))), 0, sent, layout)
 
 
 def test_arrays_asked_for_come_in_the_order_asked_for():
     reply = replied(messages.encode({"b": tensor((4,)), "a": tensor((2, 3))}))
-    assert list(messages.read_arrays(reply, 0, {"a": (2, 3), "b": (4,)})) == ["a", "b"]
+    assert list(checks.read_arrays(reply, 0, {"a": (2, 3), "b": (4,)})) == ["a", "b"]
     for shapes in ({"a": (2, 3)}, {"a": (3, 2), "b": (4,)}, {"a": (2, 3), "b": (4,), "c": (1,)}):
         with pytest.raises(ClientFailure, match="not those asked for"):
-            messages.read_arrays(reply, 0, shapes)
+            checks.read_arrays(reply, 0, shapes)
     infinite = replied(messages.encode({"a": torch.tensor([torch.inf, -torch.inf])}))
     with pytest.raises(ClientFailure, match="a holds NaN or Inf"):
-        messages.read_arrays(infinite, 0, {"a": (2,)})
+        checks.read_arrays(infinite, 0, {"a": (2,)})
 
 
 # ---- whatever comes
@@ -469,8 +469,8 @@ def test_only_a_client_failure_comes_out_of_a_reply(content):
     messages.wire_bytes(reply.content)
     for read_reply in (
         lambda: read(reply),
-        lambda: messages.read_arrays(reply, 0, {"w": (3, 2)}),
-        lambda: messages.read_reply_metrics(reply, 0),
+        lambda: checks.read_arrays(reply, 0, {"w": (3, 2)}),
+        lambda: checks.read_reply_metrics(reply, 0),
     ):
         try:
             got = read_reply()
