@@ -1,5 +1,6 @@
 """The ClientApp: decode, train, encode; one client at a time, or a cohort in one pass."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ from fedsys.messages import arrays_of, config_of
 from fedsys.params import Params, digest
 from fedsys.privacy.release import Spent
 from fedsys.secagg.replies import ACTIONS
+
+log = logging.getLogger(__name__)
 
 
 class CohortApp(ClientApp):
@@ -88,18 +91,26 @@ class CohortApp(ClientApp):
         answers = {place: guard.known(charge) for place, charge in charges.items()}
         fresh = [place for place, answer in answers.items() if answer is None]
         if fresh:
-            results = self._trained(
-                site,
-                [messages[place] for place in fresh],
-                [contexts[place] for place in fresh],
-                [rows[place] for place in fresh],
-                tuple(guard.private(charges[place]) for place in fresh),
-            )
+            own = [charges[place] for place in fresh]
+            try:
+                results = self._trained(
+                    site,
+                    [messages[place] for place in fresh],
+                    [contexts[place] for place in fresh],
+                    [rows[place] for place in fresh],
+                    tuple(guard.private(charge) for charge in own),
+                )
+            except Exception as error:
+                # What went wrong may tell of the rows: it stays here, and that it did is paid for.
+                log.exception("private training failed")
+                if len(fresh) == 1:
+                    guard.fail(own[0])
+                raise RuntimeError("the client failed, and does not say why") from error
             made = [
-                guard.answer(charges[place], arrays, {wire.NUM_EXAMPLES: len(rows[place])})
-                for place, (arrays, _) in zip(fresh, results, strict=True)
+                guard.answer(charge, arrays, {wire.NUM_EXAMPLES: charge.owner.num_examples})
+                for charge, (arrays, _) in zip(own, results, strict=True)
             ]
-            guard.keep([charges[place] for place in fresh], made)
+            guard.keep(own, made)
             answers.update(zip(fresh, made, strict=True))
         for place, answer in answers.items():
             if answer is not None:
@@ -198,6 +209,8 @@ class CohortApp(ClientApp):
     def _evaluate(self, message: Message, context: Context) -> Message:
         """Reply with the loss and accuracy of x_t on the client's own rows."""
         site = self._site(context)
+        if site.protects:
+            raise ValueError("this client's rows are private, and so are metrics on them")
         site.load(message.content)
         start = site.start(arrays_of(message.content), round_of(message))
         rows = site.rows(context)

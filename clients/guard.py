@@ -125,6 +125,10 @@ class Guard:
         """Return the answer to ``charge``, which is not yet kept."""
         return Answer(arrays, metrics, charge.stream.id, self._with(charge))
 
+    def fail(self, charge: Charge) -> None:
+        """Enter a charge whose training has failed: that it has is seen by who asked for it."""
+        self.ledger.append([self._entry(charge, Answer({}, {}, charge.stream.id, ()))])
+
     def keep(self, charges: Sequence[Charge], answers: Sequence[Answer]) -> None:
         """Store ``answers`` and enter what they cost; nothing may leave when this raises."""
         for charge, answer in zip(charges, answers, strict=True):

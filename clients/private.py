@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedsys.cohort import CohortModel
 from fedsys.data.examples import Batch
 from fedsys.losses import client_losses
-from fedsys.privacy.noise import Stream, noised_rows
+from fedsys.privacy.noise import Stream, grid, noised_rows
 
 LARGEST_PASS = 16_000_000  # numbers in the rows' copies of the trainable tensors
 _DRAWS = 1_000_000  # rows that a pass of Poisson sampling decides on
@@ -55,19 +55,25 @@ def private_gradients(
 
     ``batch`` holds the rows of all lots and ``owner`` (rows,) says in which lot each is.
     """
-    norms = torch.tensor([client.clipping_norm for client in clients])
-    sums = clipped_sums(model, params, batch, owner, norms.to(params))
-    if stds := [client.noise_multiplier * client.clipping_norm for client in clients]:
-        sums = noised_rows(sums.cpu(), stds, [client.stream for client in clients])
+    stds = [client.noise_multiplier * client.clipping_norm for client in clients]
+    norms = torch.tensor([client.clipping_norm for client in clients], dtype=torch.float64)
+    cells = torch.tensor([grid(std) for std in stds], dtype=torch.float64)
+    sums = clipped_sums(model, params, batch, owner, norms.to(owner.device), cells.to(owner.device))
+    sums = noised_rows(sums.cpu(), stds, [client.stream for client in clients])
     lots = torch.tensor([client.expected_lot for client in clients], dtype=torch.float64)
-    return (sums.double() / lots[:, None].to(sums.device)).to(params)
+    return (sums / lots[:, None]).to(params)
 
 
 def clipped_sums(
-    model: CohortModel, params: Tensor, batch: Batch, owner: Tensor, norms: Tensor
+    model: CohortModel, params: Tensor, batch: Batch, owner: Tensor, norms: Tensor, cells: Tensor
 ) -> Tensor:
-    """Return the sums (K, size) of each client's row gradients, clipped to ``norms`` (K,)."""
-    sums = torch.zeros_like(params)
+    """Return the sums (K, size) of each client's row gradients, clipped to ``norms`` (K,).
+
+    They are in float64, and every entry of a row is cut towards zero to a multiple of the client's
+    cell (K,), where that is above 0: sums of those are exact, so a row moves its sum by no more
+    than its norm however many rows there are. Sums in float32 would round by more than that.
+    """
+    sums = params.new_zeros(params.shape, dtype=torch.float64)
     parts = [part.flatten(1) for part in model.layout.unpack(sums).values()]
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -75,9 +81,8 @@ def clipped_sums(
     for first in range(0, len(owner), each):
         rows = slice(first, first + each)
         own = owner[rows]
-        gradients = row_gradients(
-            model, params[own], {n: v[rows] for n, v in inputs.items()}, labels[rows]
-        )
+        chosen = {name: value[rows] for name, value in inputs.items()}
+        gradients = [g.double() for g in row_gradients(model, params[own], chosen, labels[rows])]
         squares = torch.stack([g.square().sum(1) for g in gradients]).sum(0)
         # A gradient that is not finite has no direction to keep: it counts as zero.
         finite = squares.isfinite()
@@ -85,9 +90,17 @@ def clipped_sums(
             gradients = [torch.where(finite[:, None], g, 0) for g in gradients]
             squares = torch.where(finite, squares, 0)
         factors = (norms[own] / squares.sqrt()).clamp(max=1)[:, None]
+        cell = cells[own][:, None]
         for part, gradient in zip(parts, gradients, strict=True):
-            part.index_add_(0, own, gradient.mul_(factors))
+            part.index_add_(0, own, _cut(gradient.mul_(factors), cell))
     return sums
+
+
+def _cut(values: Tensor, cell: Tensor) -> Tensor:
+    """Return ``values`` (rows, n) cut towards zero to multiples of ``cell`` (rows, 1), in place."""
+    if not cell.all():  # without noise there is no grid
+        return values
+    return values.div_(cell).trunc_().mul_(cell)
 
 
 def row_gradients(

@@ -23,7 +23,7 @@ from fedsys.data.examples import Examples
 from fedsys.data.shards import Shards
 from fedsys.messages import arrays_of, config_of
 from fedsys.params import Layout, Params, chained, digest
-from fedsys.privacy.noise import noised
+from fedsys.privacy.noise import grid, noised
 from fedsys.secagg import SecureAggregation
 
 
@@ -142,11 +142,11 @@ class Site:
         """Return the adapted layers' summed gradients of a lot of ``rows``, clipped and noised."""
         (lot,) = private.lots(rows, 1)
         batches = (gather(self.examples, row[None, None], self.device) for row in lot[lot >= 0])
-        sums = clipped_gradients(self.model, batches, private.clipping_norm)
         std = private.noise_multiplier * private.clipping_norm
+        sums = clipped_gradients(self.model, batches, private.clipping_norm, grid(std))
         layout = Layout.of(sums)
         total = noised(layout.pack(sums), std, private.stream)
-        return layout.unpack(total.to(layout.dtype))
+        return layout.unpack(total.to(self.model.layout.dtype))
 
     def rows(self, context: Context) -> Tensor:
         """Return the rows of the client that ``context`` belongs to."""

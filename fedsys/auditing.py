@@ -16,7 +16,7 @@ import torch
 from fedsys.errors import ConfigError, RunError
 from fedsys.experiment import restored, saved_experiment
 from fedsys.federation import Federation
-from fedsys.json_lines import JsonLines, write_whole
+from fedsys.json_lines import JsonLines, strict, write_whole
 from fedsys.params import subtract
 from fedsys.privacy.account import ClientAccount
 from fedsys.privacy.audit import Audit, Guess, audit, estimate
@@ -44,8 +44,8 @@ def audit_run(folder: Path, phase: Callable[[str], None] = lambda _: None) -> Au
     attack = _on_rows if federation.planted is not None else _on_clients
     found = attack(federation, snapshot, float(summary["epsilon"]), float(summary["delta"]))
     said = asdict(found)
-    write_whole(folder / "audit.json", json.dumps(said, indent=2) + "\n")
-    write_whole(folder / "summary.json", json.dumps({**summary, "audit": said}, indent=2) + "\n")
+    write_whole(folder / "audit.json", strict(said, indent=2) + "\n")
+    write_whole(folder / "summary.json", strict({**summary, "audit": said}, indent=2) + "\n")
     return found
 
 

@@ -6,6 +6,7 @@ from functools import cache
 from flwr.app import Context
 
 from clients import CohortApp, Site
+from fedsys.errors import ConfigError
 from fedsys.federation import assemble
 from fedsys.protection import protect_clients
 from fedsys.server_app import experiment_of
@@ -18,7 +19,11 @@ def _site(context: Context) -> Site:
 @cache
 def _load(settings: str) -> Site:
     # A process may serve many messages: the data and the model are loaded once.
-    federation = assemble(experiment_of(json.loads(settings)))
+    experiment = experiment_of(json.loads(settings))
+    if experiment.privacy is not None and experiment.privacy.ledger is None:
+        # A run folder is new in every process: what was spent would be forgotten with it.
+        raise ConfigError(["privacy.ledger: a client far from the server must name its folder"])
+    federation = assemble(experiment)
     protect_clients(federation)  # until the process ends
     return federation.site
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoints", "Evaluation", "Experiment", "Settings", "build", "compose", "configure"]
 
+PUBLIC_FRACTION = 0.2  # of embedded data, where privacy needs rows that are nobody's
 _NEEDED = ("data", "partition", "model", "adapter", "client", "strategy", "participation", "engine")
 
 
@@ -94,7 +95,7 @@ def _build(
     values = settings({key: value for key, value in tree.items() if key not in names}, problems)
     values["out"] = values["out"] or _new_folder()
     tree["out"] = str(values["out"])
-    _choose_initialisation(tree)
+    _settle(tree)
     built: dict[str, Any] = dict.fromkeys(names)
     for group in names if imports else ():
         node = tree.get(group, {})
@@ -107,18 +108,25 @@ def _build(
     return experiment
 
 
-def _choose_initialisation(tree: dict[str, Any]) -> None:
-    """Set an ``adapter.init`` that is left open to the best that privacy allows."""
-    adapter = tree.get("adapter", {})
+def _settle(tree: dict[str, Any]) -> None:
+    """Set what is left open (null) to the best that privacy allows."""
+    privacy = str(tree.get("privacy", {}).get("_target_")).rpartition(".")[2]
+    private = privacy in ("SamplePrivacy", "ClientPrivacy")
+    data, adapter = tree.get("data", {}), tree.get("adapter", {})
+    if data.get("public_fraction", 0) is None:
+        data["public_fraction"] = PUBLIC_FRACTION if private else 0.0
     if adapter.get("init", "") is None:
-        privacy = str(tree.get("privacy", {}).get("_target_")).rpartition(".")[2]
-        secret = tree.get("secagg", {}).get("_target_") is not None
-        if privacy == "SamplePrivacy":
+        if private and data.get("public_fraction"):
+            adapter["init"] = "public"
+        elif privacy == "SamplePrivacy":
             adapter["init"] = "private"
-        elif privacy == "ClientPrivacy" or secret:
+        elif private or tree.get("secagg", {}).get("_target_") is not None:
             adapter["init"] = "seeded_random"
         else:
             adapter["init"] = "client_sum"
+    if isinstance(ledger := tree.get("privacy", {}).get("ledger"), str):
+        # A run is resumed from anywhere, and must find what its clients have spent.
+        tree["privacy"]["ledger"] = str(Path(ledger).absolute())
 
 
 def _plain(config: DictConfig, prefix: str, problems: Problems) -> dict[str, Any]:

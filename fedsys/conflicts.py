@@ -162,15 +162,31 @@ def _robustness(experiment: "Experiment") -> list[str]:
 
 
 def _privacy(experiment: "Experiment") -> list[str]:
+    reasons = []
+    unprotected = getattr(experiment.privacy, "allow_unprotected_initialisation", False)
+    pretrained = getattr(experiment.model, "pretrained", False)
+    private = getattr(experiment.data, "source_is_private", False)
+    if experiment.privacy is not None and pretrained and private and not unprotected:
+        reasons.append(
+            f"{_said(experiment, 'privacy')} with model.pretrained=true: the base would be trained"
+            " on the clients' own rows before they are protected; set data.public_fraction=0.2,"
+            " whose rows are nobody's, or model.pretrained=false"
+        )
+    if experiment.privacy and getattr(experiment.data, "normalises_by_clients", False):
+        reasons.append(
+            f"{_said(experiment, 'privacy')} with {_said(experiment, 'data')}: mean and deviation"
+            " of all rows would reach every client without noise; set data.public_fraction=0.1,"
+            " by whose rows they are taken then"
+        )
     if _is(experiment.privacy, "ClientPrivacy"):
         from fedsys.privacy import client_conflicts
 
-        return client_conflicts.refusals(experiment, partial(_said, experiment))
+        return reasons + client_conflicts.refusals(experiment, partial(_said, experiment))
     if _is(experiment.privacy, "SamplePrivacy"):
         from fedsys.privacy import sample_conflicts
 
-        return sample_conflicts.refusals(experiment)
-    return []
+        return reasons + sample_conflicts.refusals(experiment)
+    return reasons
 
 
 def _secagg(experiment: "Experiment") -> list[str]:

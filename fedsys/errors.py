@@ -25,6 +25,11 @@ class ClientFailure(RuntimeError):
         self.reason = reason
         super().__init__(f"client {client}: {reason}")
 
+    @property
+    def spent(self) -> bool:
+        """Whether the client has refused because its privacy budget is spent."""
+        return self.reason.startswith("PrivacyBudgetExceeded")
+
 
 class RunError(RuntimeError):
     """A run cannot go on; the message says why and what to do."""

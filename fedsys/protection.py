@@ -3,6 +3,7 @@
 import hashlib
 import json
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clients.guard import Guard
@@ -35,6 +36,10 @@ def account_of(
     check_delta(delta, largest)
     known: dict[str, Initialisation] = {"private": "included", "client_sum": "excluded"}
     initialisation = known.get(_init(experiment), "not private data")
+    if getattr(experiment.model, "pretrained", False) and getattr(
+        experiment.data, "source_is_private", False
+    ):
+        initialisation = "excluded"
     statement = Statement(
         unit="record", delta=delta, sampling="Poisson", initialisation=initialisation
     )
@@ -78,7 +83,10 @@ def _init(experiment: Experiment) -> str:
 def data_name(experiment: Experiment) -> str:
     """Return the data set's name, under which clients' spending is added up."""
     data = experiment.resolved["data"]
-    parts = (option("data", data[TARGET]) or data[TARGET], data.get("path"), data.get("name"))
+    path = data.get("path")
+    if path is not None and Path(path).exists():
+        path = Path(path).absolute()  # the same file is the same data, wherever a run is started
+    parts = (option("data", data[TARGET]) or data[TARGET], path, data.get("name"))
     return " ".join(str(part) for part in parts if part)
 
 
@@ -136,8 +144,9 @@ def protect_server(federation: "Federation") -> Ledger | None:
     if not isinstance(account, ClientAccount):
         return None
     account.enter.run = run_id(federation.experiment)
-    account.enter.ledger = _ledger(federation.experiment)
-    return account.enter.ledger
+    ledger = _ledger(federation.experiment)
+    account.enter.open(ledger, account.amplified)
+    return ledger
 
 
 def _ledger(experiment: Experiment) -> Ledger:

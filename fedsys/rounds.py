@@ -33,12 +33,13 @@ class Round:
         basis: str = "",
         decode: Callable[[int, Params], Params] | None = None,  # of (client, arrays)
         shadow: Collection[int] = (),
-        private: bool = False,
+        spent: dict[int, Spent] | None = None,
     ) -> None:
         """Expect replies to ``sent`` from the clients of ``nodes``, trained with ``basis``.
 
         Clients in ``shadow`` train for an adversary's knowledge: what they send is not counted.
-        In a ``private`` round a reply that does not say what its client has spent is not used.
+        With ``spent``, where rows are protected, what each client says it has released is noted
+        there, and a reply that does not say it is not used.
         """
         self.index = index
         self.nodes = nodes
@@ -47,8 +48,7 @@ class Round:
         self.basis = basis
         self.decode = decode
         self.shadow = shadow
-        self.private = private
-        self.spent: dict[int, Spent] = {}  # what each private client has released so far
+        self.spent = spent
         self.answered: list[int] = []
         self.failures: list[ClientFailure] = []
         self.discarded = ""  # why all that was answered is of no use
@@ -248,7 +248,7 @@ class Round:
 
     def _note_spent(self, client: int, reply: Message) -> None:
         """Note what a private client has spent, whether or not its reply can be used."""
-        if self.private and reply.has_content():
+        if self.spent is not None and reply.has_content():
             self.spent[client] = checks.read_spent(reply, client)
 
     def _note(self, metrics: dict[str, float], num_examples: int) -> None:

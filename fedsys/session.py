@@ -18,7 +18,7 @@ from fedsys.invitations import ATTEMPTS, Invitations
 from fedsys.outbox import Outbox
 from fedsys.params import Params, chained, digest
 from fedsys.privacy.account import ClientAccount
-from fedsys.privacy.release import Release, merged
+from fedsys.privacy.release import Release, Spent, merged
 from fedsys.records import EvaluateFn, Recorder
 from fedsys.registry import Registry
 from fedsys.rounds import Round, Shapes
@@ -65,6 +65,7 @@ class Session:
         self.round = self.evaluation = Round(0, {}, arrays)
         self.sums = Sums(self, secagg, params) if (secagg := strategy.secagg) else None
         self._fruitless = 0  # rounds in a row in which every client failed
+        self._learned = False  # from any client, in this run
         self.outbox = Outbox(strategy, self.codec)
         self.outbox.encode(self.now)
 
@@ -88,7 +89,7 @@ class Session:
             draw = self.invitations.draw
             drawn = (draw(now.participation, 0, attempt)[0] for attempt in range(ATTEMPTS))
             cohort: dict[int, int] = next(filter(None, drawn), {})
-            phase = Round(0, cohort, self.arrays, private=self._private)
+            phase = Round(0, cohort, self.arrays, spent=self._spent)
             asked.append(phase)
             settings = ConfigRecord({messages.ROUND: 0, messages.BASIS: ""})
             content = RecordDict({messages.ARRAYS: self.arrays, messages.CONFIG: settings})
@@ -96,7 +97,6 @@ class Session:
             replies = exchange(self.grid, outgoing, self.timeout)
             yield from phase.arrays(replies, shapes, self.excluded)
             phase.close(self.excluded)
-            now.spent |= phase.spent
 
         now.params, now.frozen = self.strategy.prepare(now.params, ask)
         now.basis = digest(now.frozen) if now.frozen else ""
@@ -108,7 +108,7 @@ class Session:
         snapshot = self.recorder.restore(self.now)
         if snapshot is None:
             return False
-        self.now = snapshot
+        self.now, self._learned = snapshot, snapshot.round > 0
         self.invitations.resume(snapshot.nodes)
         self.outbox.encode(self.now)
         self.recorder.prepared(snapshot, 0)
@@ -141,7 +141,7 @@ class Session:
 
         layout, basis = self.strategy.layout, now.basis
         self.round = Round(
-            server_round, asked, self.arrays, layout, basis, decode, shadow, self._private
+            server_round, asked, self.arrays, layout, basis, decode, shadow, self._spent
         )
         return self.round
 
@@ -180,8 +180,10 @@ class Session:
         now = self.now
         now.state = self.strategy.resize(now.state, len(self.registry))
         account = self.strategy.account
+        asked = [client for client in self.round.nodes if client not in self.round.shadow]
+        if isinstance(account, ClientAccount) and not account.releases(asked):
+            return {}
         if isinstance(account, ClientAccount):
-            asked = [client for client in self.round.nodes if client not in self.round.shadow]
             direction, now.shield, costs = account.merge(
                 updates, now.params, now.shield, asked, self.round.index
             )
@@ -213,7 +215,6 @@ class Session:
         now, current = self.now, self.round
         current.close(self.excluded)
         now.round = server_round
-        now.spent |= current.spent
         self.outbox.delivered(now, current)
 
     def adopt(self, params: Params, moves: Params) -> None:
@@ -248,7 +249,7 @@ class Session:
         outgoing = strategy.configure_train(server_round, arrays, configs[0], self.grid)
         replies = exchange(self.grid, outgoing, self.timeout)
         _, metrics = strategy.aggregate_train(server_round, replies)
-        if metrics is not None:
+        if metrics is not None and strategy.account is None:  # no noise is on them
             result.train_metrics_clientapp[server_round] = metrics
         # Before the round is recorded: a resumed run does it again.
         self._check_progress(last=server_round == num_rounds)
@@ -262,7 +263,6 @@ class Session:
         record = self.round.record(result, time.perf_counter() - began)
         if strategy.account is not None:
             record.epsilon = strategy.account.epsilon(self.now.spent)
-            record.train_loss = None  # no noise is on it
         for failure in self.evaluation.failures:
             record.failures += 1
             record.reasons.append(f"evaluation: {failure}")
@@ -275,15 +275,22 @@ class Session:
             result.evaluate_metrics_serverapp[server_round] = metrics
 
     @property
-    def _private(self) -> bool:
-        """Whether clients protect their rows, and say what that has cost."""
+    def _spent(self) -> dict[int, Spent] | None:
+        """Where clients that protect their rows are noted with what that has cost; else None."""
         account = self.strategy.account
-        return account is not None and account.unit == "record"
+        return self.now.spent if account is not None and account.unit == "record" else None
 
     def _check_progress(self, *, last: bool) -> None:
-        """Stop after three rounds in a row, or a last one, in which every client failed."""
+        """Stop after three rounds in a row, or a last one, in which every client failed.
+
+        When all budgets are spent that is no failure of a run that has learned something.
+        """
         current = self.round
-        self._fruitless = self._fruitless + 1 if current.nodes and not current.answered else 0
+        self._learned = self._learned or bool(current.answered)
+        fruitless = current.nodes and not current.answered
+        if self._learned and all(failure.spent for failure in current.failures):
+            fruitless = False
+        self._fruitless = self._fruitless + 1 if fruitless else 0
         if self._fruitless == 3 or (self._fruitless and last):
             raise RunError(
                 f"every client failed in round {current.index}; the first: {current.reasons[0]}"

@@ -44,6 +44,8 @@ ROWS = (
     "client.steps=8",
     "privacy=sample",
     "privacy.canaries=200",
+    "privacy.allow_unprotected_initialisation=true",  # the base has seen the clients' digits
+    "data.public_fraction=0",
     "privacy.delta=1e-5",
     "privacy.reproducible=true",
     "evaluate.every=0",
@@ -61,6 +63,7 @@ CLIENTS = (
     "client.steps=1",
     "privacy=client",
     "privacy.canaries=500",
+    "data.public_fraction=0.1",
     "privacy.delta=1e-5",
     "privacy.reproducible=true",
     "evaluate.every=0",
@@ -111,7 +114,7 @@ def test_without_noise_the_canaries_are_found(
 ) -> None:
     code, said, shown = audited(noiseless, capsys)
     assert said.keys() == SAID
-    assert (said["claimed"], said["canaries"], said["guesses"]) == (math.inf, 200, 100)
+    assert (said["claimed"], said["canaries"], said["guesses"]) == ("inf", 200, 100)
     assert said["measured"] > 2
     assert code == 0
     assert "not refuted" in shown

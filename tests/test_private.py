@@ -19,8 +19,8 @@ from fedsys.adapters.lowrank import LowRank
 from fedsys.cohort import CohortModel
 from fedsys.data import TensorExamples
 from fedsys.losses import client_losses
-from fedsys.params import norm
-from fedsys.privacy.noise import SeededStream
+from fedsys.params import Layout, norm
+from fedsys.privacy.noise import SeededStream, grid
 from tests.cohorts import CPU, examples_of, network, vectors
 
 SGD = LocalTraining(lr=0.5, batch_size=4)
@@ -162,10 +162,10 @@ def test_clients_together_are_clients_one_by_one():
 def test_passes_of_few_rows_add_up():
     cohort, batch = cohort_of("mlp", "full"), double_batch("mlp", 9)
     owner, norms = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2]), torch.tensor([0.1, 0.2, 0.3])
-    params = cohort.initial.repeat(3, 1)
-    whole = clipped_sums(cohort, params, batch, owner, norms.double())
+    params, cells = cohort.initial.repeat(3, 1), torch.zeros(3).double()
+    whole = clipped_sums(cohort, params, batch, owner, norms.double(), cells)
     with mock.patch.object(private, "LARGEST_PASS", 2 * cohort.layout.size):
-        parts = clipped_sums(cohort, params, batch, owner, norms.double())
+        parts = clipped_sums(cohort, params, batch, owner, norms.double(), cells)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
     assert whole.norm(dim=1).min() > 0
 
@@ -177,26 +177,47 @@ def test_no_row_moves_the_sum_by_more_than_its_clipping_norm(dtype, scale):
     batch = vectors(8, dtype).batch(torch.arange(8))
     batch["x"] = (batch["x"] * scale).to(dtype)
     params = cohort.initial.to(dtype)[None]
-    clip = torch.tensor([0.25], dtype=dtype)
+    clip, cell = torch.tensor([0.25]).double(), torch.tensor([grid(0.25)]).double()
     sums = [
-        clipped_sums(cohort, params, {n: v[:rows] for n, v in batch.items()}, owner, clip)
+        clipped_sums(cohort, params, {n: v[:rows] for n, v in batch.items()}, owner, clip, cell)
         for rows, owner in ((k, torch.zeros(k, dtype=torch.int64)) for k in range(1, 9))
     ]
     before = torch.zeros_like(sums[0])
     for total in sums:
-        # In float32 the sum itself is rounded, so that the difference is of a few of its digits.
-        slack = 1e-6 * 0.25 + torch.finfo(dtype).eps * total.norm().item()
-        assert (total - before).double().norm() <= 0.25 + slack
+        assert (total - before).norm() <= 0.25 * (1 + 1e-12)
         before = total
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_row_among_very_many_moves_the_sum_by_no_more(kind):
+    """Before many small rows, one more large one makes a sum in float32 move by twice its norm."""
+    small, gradients = -0.00018, torch.ones(8193, 1)
+    gradients[4097:] = small
+    cohort = CohortModel(network("mlp"))
+    cohort.layout = Layout({"w": torch.Size([1])}, kind)
+    clip, cell = torch.tensor([1.0]).double(), torch.tensor([grid(1.0)]).double()
+
+    def total(rows: Tensor) -> Tensor:
+        batch = {"x": rows.to(kind), "labels": torch.zeros(len(rows), dtype=torch.int64)}
+        owner = torch.zeros(len(rows), dtype=torch.int64)
+        given = mock.patch.object(private, "row_gradients", lambda *args: [args[2]["x"].clone()])
+        with given:
+            return clipped_sums(cohort, torch.zeros(1, 1, dtype=kind), batch, owner, clip, cell)
+
+    owner = torch.zeros(len(gradients), dtype=torch.int64)
+    naive = [torch.zeros(1).index_add_(0, owner[k:], gradients[k:, 0]).item() for k in (0, 1)]
+    assert naive[0] - naive[1] == pytest.approx(2.0, abs=0.1)  # what is at stake
+    assert (total(gradients) - total(gradients[1:])).item() == 1.0
 
 
 def test_a_gradient_that_is_not_finite_counts_as_zero():
     cohort, batch = cohort_of("mlp", "full"), double_batch("mlp", 3)
     owner, clip = torch.zeros(3, dtype=torch.int64), torch.tensor([1.0]).double()
     others = {n: v[1:] for n, v in batch.items()}
-    expected = clipped_sums(cohort, cohort.initial[None], others, owner[1:], clip)
+    cell = torch.zeros(1).double()
+    expected = clipped_sums(cohort, cohort.initial[None], others, owner[1:], clip, cell)
     batch["x"][0] = math.nan
-    found = clipped_sums(cohort, cohort.initial[None], batch, owner, clip)
+    found = clipped_sums(cohort, cohort.initial[None], batch, owner, clip, cell)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

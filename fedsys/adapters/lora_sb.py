@@ -194,20 +194,24 @@ def summed_gradients(model: CohortModel, batches: Iterable[Batch]) -> Params:
     return sums
 
 
-def clipped_gradients(model: CohortModel, rows: Iterable[Batch], clipping_norm: float) -> Params:
-    """Return {layer: sum (out, in) of the gradients of ``rows``, each a batch of one}.
+def clipped_gradients(
+    model: CohortModel, rows: Iterable[Batch], clipping_norm: float, cell: float = 0.0
+) -> Params:
+    """Return {layer: sum (out, in) of the gradients of ``rows``, each a batch of one}, in float64.
 
     The gradient of a row, over all adapted layers together, is clipped to ``clipping_norm``; one
-    that is not finite counts as zero.
+    that is not finite counts as zero. With ``cell`` > 0 entries are cut towards zero to multiples
+    of it, of which sums are exact.
     """
-    total = {name: _zeros(layer) for name, layer in low_rank_layers(model.model)}
+    layers = dict(low_rank_layers(model.model))
+    total = {name: _zeros(layer).double() for name, layer in layers.items()}
     for row in rows:
         gradient = summed_gradients(model, [row])
         length = norm(gradient)
         factor = min(1.0, clipping_norm / length) if length else 0.0
-        if math.isfinite(length):
-            for name, value in gradient.items():
-                total[name].add_(value, alpha=factor)
+        for name, value in gradient.items() if math.isfinite(length) else ():
+            share = value.double() * factor
+            total[name] += share.div_(cell).trunc_().mul_(cell) if cell else share
     return total
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Digits:
     """Digits, turned counter-clockwise by ``rotate`` degrees for clients and evaluation alike.
 
-    A base model may be pre-trained on ``source``: the training images (never those of evaluation)
-    before they were turned.
+    A base model may be pre-trained on ``source``: images before they were turned, never those of
+    evaluation. They are the public ones or, where there are none, the clients' own.
     """
 
     rotate: int = 90  # degrees, a multiple of 90
@@ -34,6 +34,11 @@ class Digits:
         if self.rotate % 90:
             raise ValueError(f"rotate is in degrees, a multiple of 90, got {self.rotate}")
         check_sizes(self.limit, self.eval_fraction, self.public_fraction)
+
+    @property
+    def source_is_private(self) -> bool:
+        """Whether a base that is pre-trained on ``source`` has seen clients' rows."""
+        return self.rotate % 360 != 0 and not self.public_fraction
 
     def check(self) -> list[str]:
         """Return the problems that can be found without loading: none."""
@@ -52,10 +57,11 @@ class Digits:
         split = split_rows(len(labels), seed, self.limit, self.eval_fraction, self.public_fraction)
         clients = TensorExamples(turned, labels)
         train = torch.from_numpy(split.train)
+        known = torch.from_numpy(split.train if split.public is None else split.public)
         return Dataset(
             train=clients.subset(train),
             evaluation=clients.subset(torch.from_numpy(split.evaluation)),
-            source=TensorExamples(upright, labels).subset(train) if self.rotate % 360 else None,
+            source=TensorExamples(upright, labels).subset(known) if self.rotate % 360 else None,
             public=None if split.public is None else clients.subset(torch.from_numpy(split.public)),
             num_classes=10,
             input_shape=(1, 8, 8),

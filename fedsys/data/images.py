@@ -42,6 +42,11 @@ class Images:
         if self.size is not None and self.size < 1:
             raise ValueError(f"size is in pixels, at least 1, or null, got {self.size}")
 
+    @property
+    def normalises_by_clients(self) -> bool:
+        """Whether every row is shifted and scaled by what the clients' rows are like."""
+        return not self.public_fraction
+
     def check(self) -> list[str]:
         """Return the problems that can be found without loading."""
         problems = file_problems("path", self.path, _EXTENSIONS)
@@ -58,7 +63,8 @@ class Images:
         split = split_rows(len(pictures.x), seed, *sizes, None if own is None else len(own.x))
         classes = class_names(pictures.labels, pictures.where)
         train = _examples(pictures, split.train, classes)
-        shift, scale = _normalisation(train.x)
+        known = train if split.public is None else _examples(pictures, split.public, classes)
+        shift, scale = _normalisation(known.x)
 
         def normalised(source: Pictures, rows: Rows) -> TensorExamples:
             raw = _examples(source, rows, classes)

@@ -4,7 +4,7 @@ Clients that protect their rows say themselves what they have spent (``clients.g
 that protects its clients adds the noise, and enters in its ledger whom a round has cost what.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -15,7 +15,7 @@ from fedsys.privacy.canary_clients import CanaryClients
 from fedsys.privacy.client_level import ClientPrivacy, clipped_sum
 from fedsys.privacy.ledger import Ledger, NewEntry
 from fedsys.privacy.noise import Stream, stream
-from fedsys.privacy.release import Release, Spent, Statement, Unit
+from fedsys.privacy.release import Release, Spent, Statement, Unit, merged
 from fedsys.update import Update
 
 
@@ -63,6 +63,7 @@ class Account:
             "delta": f"{said.delta:.3g}",
             "initialisation": said.initialisation,
             "noise": noise,
+            "to be kept secret": "partition.json, partition.png, ledger/: counts, hashes of rows",
         }
 
 
@@ -94,25 +95,27 @@ class ServerBook:
         """Enter ``charges``; raises ``LedgerError`` when that cannot be done."""
         if self.ledger is None:
             raise LedgerError("a round of a private server cannot be entered: no ledger is open")
-        self.ledger.append(
-            [
-                NewEntry(
-                    run=self.run,
-                    round=charge.round,
-                    client=_name(charge.client),
-                    data=self.data,
-                    fingerprint="",
-                    num_examples=self.num_clients,
-                    mechanism="client",
-                    release=charge.release,
-                    clipping_norm=self.privacy.clipping_norm,
-                    target=self.privacy.epsilon,
-                    delta=self.delta,
-                    stream=charge.stream if charge.release.noise_multiplier else "",
-                )
-                for charge in charges
-            ]
-        )
+        ledger = self.ledger
+        entries = [
+            NewEntry(
+                run=self.run,
+                round=charge.round,
+                client=_name(charge.client),
+                data=self.data,
+                fingerprint="",
+                num_examples=self.num_clients,
+                mechanism="client",
+                release=charge.release,
+                clipping_norm=self.privacy.clipping_norm,
+                target=self.privacy.epsilon,
+                delta=self.delta,
+                stream=charge.stream if charge.release.noise_multiplier else "",
+            )
+            for charge in charges
+        ]
+        # Noise from a seed is the same again where a round is done again: that release is entered.
+        again = self.privacy.reproducible
+        ledger.append([e for e in entries if not (again and _entered(ledger, e))])
 
     def known(self, spent: Mapping[int, Spent]) -> Mapping[int, Spent]:
         """Return the spending of the clients of ``spent`` as the ledger has it.
@@ -122,7 +125,28 @@ class ServerBook:
         """
         if self.ledger is None:
             return spent
-        return {client: self.ledger.spent(_name(client)) for client in spent}
+        everyone = self.ledger.spent(_name(EVERYONE))
+        own = {client: self.ledger.spent(_name(client)) for client in spent if client != EVERYONE}
+        known = {client: merged((*everyone, *releases)) for client, releases in own.items()}
+        return {**known, EVERYONE: everyone} if EVERYONE in spent else known
+
+    def open(self, ledger: Ledger, amplified: bool) -> None:
+        """Enter charges in ``ledger`` from now on.
+
+        Raises ``LedgerError`` where it charges clients one by one, and this run all of them
+        together: nobody could say what the one who has spent most has spent.
+        """
+        others = ledger.clients - {_name(EVERYONE)}
+        if amplified and others:
+            raise LedgerError(
+                f"{ledger.path} charges clients one by one, and privacy=client with Poisson"
+                " participation charges everyone; set another privacy.ledger"
+            )
+        self.ledger = ledger
+
+
+def _entered(ledger: Ledger, entry: NewEntry) -> bool:
+    return ledger.find(entry.run, entry.round, entry.client, entry.reply)
 
 
 def _name(client: int) -> str:
@@ -206,6 +230,10 @@ class ClientAccount(Account):
         )
         return direction, self._charged(asked, round, noise)
 
+    def releases(self, asked: Collection[int]) -> bool:
+        """Whether a round with ``asked`` has anything to hide: who took part, or what they sent."""
+        return self.amplified or bool(asked)
+
     def _noise(self, round: int) -> Stream:
         return stream(self.seed if self.reproducible else None, "client privacy", round)
 
@@ -224,7 +252,7 @@ class ClientAccount(Account):
         """Return what has to be said beside every epsilon."""
         if not self.amplified:
             return super().facts()
-        secret = "who took part: participation.jsonl, checkpoints"
+        secret = "the run folder but for adapter/: it tells who took part"
         return {**super().facts(), "to be kept secret": secret}
 
     @property

@@ -104,6 +104,11 @@ def _shown(experiment: "Experiment", said: Said) -> list[str]:
             f"adapter.init={first} with privacy=client: it sums gradients of the clients without"
             " clipping and noise for a client; set adapter.init=public or seeded_random"
         )
+    if experiment.on_client_error == "fail":
+        reasons.append(
+            "on_client_error=fail with privacy=client: one client could stop the run, and so be"
+            " seen; set on_client_error=skip"
+        )
     if getattr(experiment.evaluate, "clients", False):
         reasons.append(
             "evaluate.clients=true with privacy=client: metrics of the clients' own data are"

@@ -46,6 +46,11 @@ class Totals:
         self._steps: dict[str, dict[tuple[float, float], int]] = {}  # client -> (z, q) -> steps
         self._mechanisms: dict[tuple[float, float], tuple[float, float]] = {}  # each kept once
 
+    @property
+    def clients(self) -> set[str]:
+        """Who has released anything."""
+        return set(self._steps)
+
     def add(self, client: str, release: Release) -> None:
         """Count ``release`` of ``client``."""
         mechanism = (release.noise_multiplier, release.sample_rate)
@@ -121,6 +126,11 @@ class Ledger:
                 f"{self.path} is another ledger than the one of {anchor.length} entries that is"
                 " known here; bring back the file as it was"
             )
+
+    @property
+    def clients(self) -> set[str]:
+        """Who has released anything."""
+        return self._totals.clients
 
     def spent(self, client: str) -> Spent:
         """Return everything that ``client`` has released, in all runs and of all data."""

@@ -37,6 +37,11 @@ def refusals(experiment: "Experiment") -> list[str]:
             "privacy=sample with evaluate.clients=true: a client's metrics on its own rows would"
             " leave it without noise; epsilon would say nothing of them"
         )
+    if (alpha := getattr(experiment.participation, "alpha", None)) is not None:
+        reasons.append(
+            f"privacy=sample with participation.alpha={alpha}: how often a client takes part would"
+            " follow from its labels, without noise; set participation.alpha=null"
+        )
     if _class(experiment.partition, {"Bootstrap": "bootstrap"}):
         reasons.append(
             "privacy=sample with partition=bootstrap: a record is drawn by several clients, and by"

@@ -73,6 +73,8 @@ class Sums:
         total = self._sum(replies)
         session, account = self._session, self._session.strategy.account
         if isinstance(account, ClientAccount):
+            if not account.releases(session.round.nodes):
+                return {}
             values = np.zeros(self._layout.size) if total is None else total.values
             bound = self._settings.quantiser.longest(self._layout.size)
             direction, costs = account.release(
