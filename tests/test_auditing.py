@@ -328,7 +328,7 @@ def test_they_count_as_clients_of_the_cohort(tmp_path: Path) -> None:
     account = assemble(
         experiment_of(*CLIENTS[2:], "privacy.epsilon=inf", "checkpoint.every=1")
     ).strategy.account
-    account.enter.ledger = SimpleNamespace(append=lambda entries: None)
+    account.enter.ledger = SimpleNamespace(append=lambda entries: None, find=lambda *release: False)
     moved, _, costs = account.merge([], SHAPES, {}, range(5), 1)
     total = [account.canaries.direction(n, SHAPES) for n in range(500)]
     assert account.expected_cohort == 505
@@ -375,6 +375,7 @@ def sample_reasons(**parts: Any) -> list[str]:
         "strategy": None,
         "data": None,
         "partition": None,
+        "participation": None,
         "attack": None,
         "secagg": None,
         "checkpoint": SimpleNamespace(every=1),
@@ -415,6 +416,7 @@ def test_canary_clients_need_checkpoints() -> None:
         **dict.fromkeys(
             ["strategy", "adapter", "participation", "compression", "defence", "secagg", "evaluate"]
         ),
+        on_client_error="skip",
     )
     (reason,) = client_conflicts.refusals(experiment, lambda group: group)
     assert "checkpoint.every=0" in reason

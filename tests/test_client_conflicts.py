@@ -49,6 +49,7 @@ def reasons(**parts: object) -> list[str]:
         "defence": None,
         "secagg": None,
         "evaluate": SimpleNamespace(clients=False),
+        "on_client_error": "skip",
     }
     experiment = SimpleNamespace(**{**allowed, **parts})
     return refusals(experiment, lambda group: f"{group}=typed")
@@ -174,6 +175,7 @@ def test_all_reasons_are_told_at_once():
         strategy=FedAvg(),
         defence=Median(),
         evaluate=SimpleNamespace(clients=True),
+        on_client_error="skip",
         privacy=privacy(delta=0.5),
     )
     assert len(found) == 4

@@ -63,7 +63,7 @@ class Account:
             "delta": f"{said.delta:.3g}",
             "initialisation": said.initialisation,
             "noise": noise,
-            "to be kept secret": "partition.json, partition.png, ledger/: counts, hashes of rows",
+            "keep secret": "partition.json, partition.png, ledger/: counts, hashes of rows",
         }
 
 
@@ -253,7 +253,7 @@ class ClientAccount(Account):
         if not self.amplified:
             return super().facts()
         secret = "the run folder but for adapter/: it tells who took part"
-        return {**super().facts(), "to be kept secret": secret}
+        return {**super().facts(), "keep secret": secret}
 
     @property
     def _step(self) -> Release:
