@@ -40,8 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/fedsys run
 
+# A process a core, each with one thread: threads of several processes only wait for each other.
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow --timeout 1800
