@@ -100,7 +100,7 @@ class Mine(FedAU):
             "attack": SignFlip(fraction=0.2, factor=2.0, honest_majority=True),
         },
         {"participation": Bernoulli(rate=0.9), "privacy": privacy(quantile=0.5)},
-        {"secagg": object()},  # which has refusals of its own
+        {"secagg": "on"},  # which has refusals of its own
         {"privacy": privacy(delta=0.0099)},
         {"strategy": None, "participation": None, "num_clients": None, "evaluate": None},
     ],
