@@ -126,7 +126,10 @@ def test_ranks_that_do_not_fit_are_refused(adapter: Adapter):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"init": "central"}, "init is one of client_sum, public, seeded_random, got 'central'"),
+        (
+            {"init": "central"},
+            "init is one of client_sum, private, public, seeded_random, got 'central'",
+        ),
         ({"gradient": "mean"}, "gradient is one of raw, sign"),
         ({"start": "one"}, "start is one of zero, singular"),
         ({"init_lr": 0}, "init_lr must be positive"),

@@ -610,7 +610,7 @@ def test_evaluation_images_have_the_training_shape(tmp_path):
 @pytest.mark.parametrize(
     ("name", "source", "own"),
     [
-        ("digits", Digits, ()),
+        ("digits", Digits, ("public_fraction",)),  # null in YAML: what privacy decides
         ("text", Text, ()),
         ("image", Images, ()),
         ("hf", Hub, ("text", "label", "eval_split")),
