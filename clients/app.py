@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clients import summed
 from clients.cohort import Task, gather, train_cohort
-from clients.guard import Charge, Guard
+from clients.guard import Answer, Charge, Guard
 from clients.private import Private
 from clients.site import Site, partition_of
 from fedsys import messages as wire
@@ -77,47 +77,54 @@ class CohortApp(ClientApp):
         round, arrays = round_of(messages[0]), arrays_of(messages[0].content)
         start = start_of(site, arrays)
         guard.prune(wire.checkpoints_of(config_of(messages[0].content)))
+        answers: dict[int, Answer] = {}
         replies: dict[int, Message] = {}
-        charges: dict[int, Charge] = {}
-        rows: dict[int, Tensor] = {}
+        fresh: dict[int, Charge] = {}
         for place, (message, context) in enumerate(zip(messages, contexts, strict=True)):
             client = partition_of(context)
             try:
-                rows[place] = site.rows(context)
-                owner = site.owner(client, rows[place])
-                charges[place] = guard.charge(client, owner, site.training, round, start)
+                owner = site.owner(client, site.rows(context))
+                charge = guard.charge(client, owner, site.training, round, start)
             except (PrivacyBudgetExceeded, ValueError) as error:
                 replies[place] = _refusal(message, error)
-        answers = {place: guard.known(charge) for place, charge in charges.items()}
-        fresh = [place for place, answer in answers.items() if answer is None]
+                continue
+            if (known := guard.known(charge)) is None:
+                fresh[place] = charge
+            else:
+                answers[place] = known
         if fresh:
-            own = [charges[place] for place in fresh]
-            try:
-                results = self._trained(
-                    site,
-                    [messages[place] for place in fresh],
-                    [contexts[place] for place in fresh],
-                    [rows[place] for place in fresh],
-                    tuple(guard.private(charge) for charge in own),
-                )
-            except Exception as error:
-                # What went wrong may tell of the rows: it stays here, and that it did is paid for.
-                log.exception("private training failed")
-                if len(fresh) == 1:
-                    guard.fail(own[0])
-                raise RuntimeError("the client failed, and does not say why") from error
-            made = [
-                guard.answer(charge, arrays, {wire.NUM_EXAMPLES: charge.owner.num_examples})
-                for charge, (arrays, _) in zip(own, results, strict=True)
-            ]
-            guard.keep(own, made)
+            chosen = [messages[place] for place in fresh], [contexts[place] for place in fresh]
+            made = self._answers(site, guard, *chosen, list(fresh.values()))
             answers.update(zip(fresh, made, strict=True))
         for place, answer in answers.items():
-            if answer is not None:
-                replies[place] = _answer(
-                    messages[place], answer.arrays, answer.metrics, answer.spent
-                )
+            replies[place] = _answer(messages[place], answer.arrays, answer.metrics, answer.spent)
         return [replies[place] for place in range(len(messages))]
+
+    def _answers(
+        self,
+        site: Site,
+        guard: Guard,
+        messages: list[Message],
+        contexts: list[Context],
+        charges: list[Charge],
+    ) -> list[Answer]:
+        """Train on what ``charges`` pay for, and return the answers, which are kept and entered."""
+        rows = [site.rows(context) for context in contexts]
+        private = tuple(guard.private(charge) for charge in charges)
+        try:
+            results = self._trained(site, messages, contexts, rows, private)
+        except Exception as error:
+            # What went wrong may tell of the rows: it stays here, and that it did is paid for.
+            log.exception("private training failed")
+            if len(charges) == 1:
+                guard.fail(charges[0])
+            raise RuntimeError("the client failed, and does not say why") from error
+        answers = [
+            guard.answer(charge, arrays, {wire.NUM_EXAMPLES: charge.owner.num_examples})
+            for charge, (arrays, _) in zip(charges, results, strict=True)
+        ]
+        guard.keep(charges, answers)
+        return answers
 
     def _trained(
         self,
