@@ -359,7 +359,7 @@ def test_without_noise_the_estimate_says_so_and_counts_from_the_first_model(
     more += ("strategy=fed_sb", "data.public_fraction=0.1", "privacy.canaries=20")
     folder = run(tmp_path / "out", CLIENTS, *more, "privacy.epsilon=inf", "adapter.init_lr=1")
     code, said, _ = audited(folder, capsys)
-    assert said["measured"] > 20
+    assert said["measured"] > 5
     assert code == 0
 
 
