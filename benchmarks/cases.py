@@ -55,7 +55,7 @@ def groups(bfloat16: bool) -> list[Group]:
         ),
         Group("w2", tuple(adapters), turns=2, rounds=1),
         Group("w3", tuple(private), turns=3, rounds=1),
-        *([Group("w3_bfloat16", tuple(private_low), turns=3, rounds=2)] if bfloat16 else []),
+        *([Group("w3", tuple(private_low), turns=3, rounds=2)] if bfloat16 else []),
         Group(
             "scaling",
             (
