@@ -1,6 +1,5 @@
 """The ClientApp: decode, train, encode; one client at a time, or a cohort in one pass."""
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,8 +25,6 @@ from fedsys.messages import arrays_of, config_of
 from fedsys.params import Params, digest
 from fedsys.privacy.release import Spent
 from fedsys.secagg.replies import ACTIONS
-
-log = logging.getLogger(__name__)
 
 
 class CohortApp(ClientApp):
@@ -111,14 +108,8 @@ class CohortApp(ClientApp):
         """Train on what ``charges`` pay for, and return the answers, which are kept and entered."""
         rows = [site.rows(context) for context in contexts]
         private = tuple(guard.private(charge) for charge in charges)
-        try:
+        with guard.silent(charges):
             results = self._trained(site, messages, contexts, rows, private)
-        except Exception as error:
-            # What went wrong may tell of the rows: it stays here, and that it did is paid for.
-            log.exception("private training failed")
-            if len(charges) == 1:
-                guard.fail(charges[0])
-            raise RuntimeError("the client failed, and does not say why") from error
         answers = [
             guard.answer(charge, arrays, {wire.NUM_EXAMPLES: charge.owner.num_examples})
             for charge, (arrays, _) in zip(charges, results, strict=True)
@@ -197,7 +188,8 @@ class CohortApp(ClientApp):
             charge = guard.initial_charge(partition_of(context), owner, start_of(site, arrays))
             answer = guard.known(charge)
             if answer is None:
-                sums = site.noised_gradients(rows, guard.private(charge))
+                with guard.silent([charge]):
+                    sums = site.noised_gradients(rows, guard.private(charge))
                 answer = guard.answer(charge, sums, {wire.NUM_EXAMPLES: len(rows)})
                 guard.keep([charge], [answer])
             return _answer(message, answer.arrays, answer.metrics, answer.spent)

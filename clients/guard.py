@@ -1,11 +1,13 @@
 """What stands between a client's private training and the wire: its budget, ledger and replies.
 
-plan     how much noise this client's steps take, and whether it can pay for the round
+charge   how much noise this client's steps take, and whether it can pay for the round
 known    the reply of this very round that was stored before, to be sent again as it is
 keep     store the replies, enter them in the ledger; only then may they be sent
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 
@@ -17,6 +19,8 @@ from fedsys.privacy.ledger import Ledger, NewEntry, afford
 from fedsys.privacy.noise import Stream, stream
 from fedsys.privacy.release import Release, Spent, merged
 from fedsys.privacy.sample_level import SamplePrivacy
+
+log = logging.getLogger(__name__)
 
 Start = tuple[str, str]  # the digests of x_t and of what is frozen
 
@@ -125,9 +129,21 @@ class Guard:
         """Return the answer to ``charge``, which is not yet kept."""
         return Answer(arrays, metrics, charge.stream.id, self._with(charge))
 
-    def fail(self, charge: Charge) -> None:
-        """Enter a charge whose training has failed: that it has is seen by who asked for it."""
-        self.ledger.append([self._entry(charge, Answer({}, {}, charge.stream.id, ()))])
+    @contextmanager
+    def silent(self, charges: Sequence[Charge]) -> Iterator[None]:
+        """Let nothing but the fact of a failure leave the block, and that not unpaid.
+
+        What went wrong may tell of the rows. Of several clients it is not known whose failure it
+        is: nothing has left them then, and they are asked one by one.
+        """
+        try:
+            yield
+        except Exception as error:
+            log.exception("private training failed")
+            if len(charges) == 1:
+                (charge,) = charges
+                self.ledger.append([self._entry(charge, Answer({}, {}, charge.stream.id, ()))])
+            raise RuntimeError("the client failed, and does not say why") from error
 
     def keep(self, charges: Sequence[Charge], answers: Sequence[Answer]) -> None:
         """Store ``answers`` and enter what they cost; nothing may leave when this raises."""

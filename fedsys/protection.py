@@ -57,6 +57,8 @@ def _client_account(
         rate = expected / clients
         canaries = CanaryClients(count, rate, privacy.clipping_norm, experiment.seed)
         expected += count * rate
+    planned = privacy.plan(participation, experiment.rounds, delta)
+    privacy.split(planned.noise_multiplier, expected)  # raises where the plan cannot be
     statement = Statement(
         unit="client",
         delta=delta,
@@ -67,7 +69,7 @@ def _client_account(
         statement,
         privacy.reproducible,
         privacy=privacy,
-        planned=privacy.plan(participation, experiment.rounds, delta),
+        planned=planned,
         expected_cohort=expected,
         amplified=amplified,
         seed=experiment.seed,

@@ -27,7 +27,7 @@ from fedsys.checkpoint import Checkpoints
 from fedsys.config import Experiment
 from fedsys.console import Record, Silent, Terminal
 from fedsys.engines.local import LocalGrid
-from fedsys.errors import ConfigError, LedgerError, RunError
+from fedsys.errors import ClientFailure, ConfigError, LedgerError, RunError
 from fedsys.experiment import RunResult, resume, run_experiment
 from fedsys.federation import Federation
 from fedsys.main import main
@@ -41,6 +41,7 @@ from fedsys.privacy.release import Release
 from fedsys.privacy.sample_level import SamplePrivacy
 from fedsys.privacy.verify import verify
 from fedsys.protection import protected
+from fedsys.records import NoRecorder
 from fedsys.report import write_report
 from fedsys.seeds import numpy_generator
 from tests.runs import (
@@ -830,3 +831,46 @@ def test_batches_of_a_fixed_size_are_seen(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(clients.private.Private, "lots", fixed)
     assert lot_sizes(tmp_path).var().item() < 8 * (1 - 5 * math.sqrt(2 / 99))
+
+
+class Reasons(NoRecorder):
+    """Hears why replies were left out."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def failed(self, failure: ClientFailure) -> None:
+        self.reasons.append(failure.reason)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mechanism"),
+    [
+        (["strategy=fedavg", "adapter=full"], "dp-sgd"),
+        (["adapter.init=private", "adapter.rank=4"], "initialisation"),
+    ],
+    ids=["training", "initialisation"],
+)
+def test_why_a_private_client_failed_stays_with_it_and_is_paid_for(
+    overrides: Sequence[str], mechanism: str, tmp_path: Path
+) -> None:
+    federation = federation_of(tmp_path, "privacy=sample", Z, ALL, "checkpoint.every=1", *overrides)
+    federation.dataset.train.labels[:] = 77  # of ten classes
+    with protected(federation, clients_here=True):
+        said = Reasons()
+        with pytest.raises(RunError):
+            federation.strategy.start(
+                LocalGrid(app_of(federation), 5), federation.initial, 1, recorder=said
+            )
+        entered = read(tmp_path / "ledger")
+    assert set(said.reasons) == {"RuntimeError: the client failed, and does not say why"}
+    assert {entry.mechanism for entry in entered} == {mechanism}
+    assert len(entered) == 5
+
+
+def test_a_count_that_would_spend_the_budget_is_refused_before_the_first_round(
+    tmp_path: Path,
+) -> None:
+    adaptive = ["privacy.quantile=0.5", "privacy.count_noise=0.1", "privacy.epsilon=1"]
+    with pytest.raises(ConfigError, match=r"privacy\.count_noise"):
+        federation_of(tmp_path, *CLIENT, *adaptive)
