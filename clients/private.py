@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedsys.cohort import CohortModel
+from fedsys.cohort import CohortModel, row_gradients
 from fedsys.data.examples import Batch
-from fedsys.losses import client_losses
 from fedsys.privacy.noise import Stream, grid, noised_rows
 
 LARGEST_PASS = 16_000_000  # numbers in the rows' copies of the trainable tensors
@@ -101,14 +100,3 @@ def _cut(values: Tensor, cell: Tensor) -> Tensor:
     if not cell.all():  # without noise there is no grid
         return values
     return values.div_(cell).trunc_().mul_(cell)
-
-
-def row_gradients(
-    model: CohortModel, copies: Tensor, inputs: Batch, labels: Tensor
-) -> list[Tensor]:
-    """Return each row's gradients at its own ``copies`` (rows, size), (rows, numbers) a tensor."""
-    leaves = {n: nn.Parameter(part) for n, part in model.layout.unpack(copies).items()}
-    model.bind(leaves)
-    losses = client_losses(model(**inputs), labels, len(copies))
-    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
-    return [gradient.flatten(1) for gradient in gradients]

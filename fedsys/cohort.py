@@ -27,10 +27,12 @@ from fedsys.cohort_layers import (
     Pass,
     length_of,
 )
+from fedsys.data.examples import Batch
+from fedsys.losses import client_losses
 from fedsys.models import refuse_cross_sample
 from fedsys.params import Layout, Params
 
-__all__ = ["CohortLinear", "CohortModel", "CohortModule"]
+__all__ = ["CohortLinear", "CohortModel", "CohortModule", "row_gradients"]
 
 
 class CohortModel(nn.Module):
@@ -128,3 +130,17 @@ class CohortModel(nn.Module):
             if id(param) in names:
                 self._slots[names[id(param)]].append(partial(cohort.bind, inner))
         return cohort
+
+
+def row_gradients(
+    model: CohortModel, copies: Tensor, inputs: Batch, labels: Tensor
+) -> list[Tensor]:
+    """Return each row's gradients at its own ``copies`` (rows, size), (rows, numbers) a tensor.
+
+    A row is a client of one row, so whatever layer trains in a cohort has gradients by row.
+    """
+    leaves = {n: nn.Parameter(part) for n, part in model.layout.unpack(copies).items()}
+    model.bind(leaves)
+    losses = client_losses(model(**inputs), labels, len(copies))
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+    return [gradient.flatten(1) for gradient in gradients]

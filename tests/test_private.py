@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from clients import private
 from clients.cohort import Task, train_cohort
-from clients.private import Private, clipped_sums, private_gradients, row_gradients
+from clients.private import Private, clipped_sums, private_gradients
 from clients.training import LocalTraining
 from fedsys.adapters import FFA, Adapter, Full, LoRA, LoRASB, LoRAXS
 from fedsys.adapters.lora_sb import clipped_gradients, summed_gradients
 from fedsys.adapters.lowrank import LowRank
-from fedsys.cohort import CohortModel
+from fedsys.cohort import CohortModel, row_gradients
 from fedsys.data import TensorExamples
 from fedsys.losses import client_losses
 from fedsys.params import Layout, norm

@@ -19,11 +19,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsys.cohort import CohortModel
+from fedsys.cohort import CohortModel, row_gradients
 from fedsys.data.examples import Examples
-from fedsys.losses import client_losses
 from fedsys.privacy.canaries import Planted
 
 _RIDGE = 0.1  # lambda over the mean squared norm of the reference gradients
@@ -100,11 +99,6 @@ def clipped_gradients(
 
 
 def _gradients(model: CohortModel, examples: Examples, rows: Tensor, params: Tensor) -> Tensor:
-    copies = model.layout.unpack(params.expand(len(rows), -1))
-    leaves = {name: nn.Parameter(copy.clone()) for name, copy in copies.items()}
-    model.bind(leaves)
     batch = {name: value.to(params.device) for name, value in examples.batch(rows).items()}
     labels = batch.pop("labels")
-    losses = client_losses(model(**batch), labels, len(rows))
-    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
-    return torch.cat([gradient.flatten(1) for gradient in gradients], 1)
+    return torch.cat(row_gradients(model, params.expand(len(rows), -1), batch, labels), 1)
