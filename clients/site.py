@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from torch import Tensor
 
 from clients.cohort import LocalGradient, gather
+from clients.frozen import Frozen, FrozenStore
 from clients.guard import Guard, Owner
 from clients.private import Private
 from clients.store import ClientStore, MemoryStore
@@ -43,6 +44,7 @@ class Site:
     init_examples: int | None = None  # rows of a client in the gradient phase; None: all
     codec: Codec | None = None
     store: ClientStore = field(default_factory=MemoryStore)
+    frozen: FrozenStore | None = None  # where other processes of the client find what is frozen
     flips_below: int = 0  # clients below this number train on flipped labels
     num_classes: int = 0
     protects: bool = False  # its rows: nothing is trained then without a guard
@@ -73,6 +75,10 @@ class Site:
         # "" asks for nothing in particular, but for a base as it was at the beginning.
         if basis == self.basis or not (basis or self.moved):
             return
+        if self.frozen is not None and basis:
+            self._recall(self.frozen.get(basis) or self.frozen.newest())
+        if basis == self.basis:
+            return
         if wire.FROZEN in content:
             self.take(wire.decode(arrays_of(content, wire.FROZEN)))
         elif wire.BASE in content:
@@ -81,6 +87,19 @@ class Site:
             self.move(wire.decode(arrays_of(content, wire.MOVES)))
         if basis != self.basis:
             raise ValueError("the frozen factors of this client are not those of the server")
+        if self.frozen is not None and basis:
+            model = self.model.model
+            tensors = base_weights(model) if self.moved else shared_tensors(model)
+            self.frozen.put(Frozen(basis, self.moved, tensors))
+
+    def _recall(self, kept: Frozen | None) -> None:
+        """Go on from what another process of this client was sent."""
+        if kept is None:
+            return
+        if kept.is_base:
+            self.rebase(kept.tensors, kept.basis)
+        else:
+            self.take(kept.tensors)
 
     def take(self, factors: Params) -> None:
         """Make ``factors`` the frozen factors of the model, unless they are already."""

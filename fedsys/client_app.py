@@ -1,31 +1,28 @@
 """Flower's entry point at a client; its settings are those of ``fedsys.server_app``."""
 
-import json
-from functools import cache
+import re
+from pathlib import Path
 
 from flwr.app import Context
 
-from clients import CohortApp, Site
-from fedsys.errors import ConfigError
-from fedsys.federation import assemble
-from fedsys.protection import protect_clients
-from fedsys.server_app import experiment_of
+from fedsys.far import FarClients, Place
+from fedsys.server_app import composed
+
+_RUN = re.compile(r"[0-9a-f]{1,64}")  # it becomes the name of a folder
 
 
-def _site(context: Context) -> Site:
-    return _load(json.dumps(dict(context.run_config), sort_keys=True))
+def place_of(context: Context) -> Place:
+    """Return where the client of ``context`` keeps things: below ``home`` of its node's settings.
+
+    Raises ``ValueError`` where the server names a run as no run is named.
+    """
+    run = str(context.run_config.get("run", "")) or f"{context.run_id:x}"
+    if not _RUN.fullmatch(run):
+        raise ValueError(f"the server calls its run {run!r:.80}")
+    node = context.node_config
+    home = node.get("home") or Path.home() / ".fedsys" / f"client-{node['partition-id']}"
+    data = str(node["data"]) if "data" in node else None
+    return Place(run, Path(str(home)) / "runs" / run, Path(str(home)) / "ledger", data)
 
 
-@cache
-def _load(settings: str) -> Site:
-    # A process may serve many messages: the data and the model are loaded once.
-    experiment = experiment_of(json.loads(settings))
-    if experiment.privacy is not None and experiment.privacy.ledger is None:
-        # A run folder is new in every process: what was spent would be forgotten with it.
-        raise ConfigError(["privacy.ledger: a client far from the server must name its folder"])
-    federation = assemble(experiment)
-    protect_clients(federation)  # until the process ends
-    return federation.site
-
-
-app = CohortApp(_site)
+app = FarClients(lambda context: composed(context.run_config), place_of).app()

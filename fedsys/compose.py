@@ -1,7 +1,8 @@
 """From overrides, ``key=value`` as typed, to one composed configuration.
 
 Hydra stops at the first mistake; here every override is judged by itself, so that all mistakes are
-told at once. Nothing heavy is imported.
+told at once. Nothing heavy is imported, and Hydra only to compose: a client that is sent a composed
+configuration does without.
 """
 
 import difflib
@@ -10,18 +11,17 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsys.errors import ConfigError
 from fedsys.known import KnownKeys, listed
 from fedsys.schema import show
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 TARGET = "_target_"
@@ -130,7 +130,7 @@ def examine(overrides: Sequence[str]) -> Composition:
 
 def _parse_all(
     overrides: Sequence[str], options: Options, problems: dict[int, str]
-) -> dict[int, Override]:
+) -> dict[int, "Override"]:
     parsed = {}
     for place, text in enumerate(overrides):
         try:
@@ -140,7 +140,11 @@ def _parse_all(
     return parsed
 
 
-def _parse(text: str, options: Options) -> Override:
+def _parse(text: str, options: Options) -> "Override":
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+
     if not text.lstrip("+~").partition("=")[0] or ("=" not in text and text[0] != "~"):
         raise ValueError("write key=value")
     try:
@@ -165,7 +169,7 @@ def _parse(text: str, options: Options) -> Override:
 
 
 def _choose_all(
-    parsed: Mapping[int, Override], options: Options, problems: dict[int, str]
+    parsed: Mapping[int, "Override"], options: Options, problems: dict[int, str]
 ) -> tuple[dict[str, str], set[str]]:
     """Return the choice of option for each group that has one, and the groups nobody can guess."""
     chosen: dict[str, str] = {}
@@ -185,7 +189,7 @@ def _choose_all(
     return chosen, lost
 
 
-def _choose(override: Override, options: list[str]) -> tuple[str | None, str | None]:
+def _choose(override: "Override", options: list[str]) -> tuple[str | None, str | None]:
     """Return the option to go on with, the nearest if the one given is unknown, and the problem."""
     group, value = override.key_or_group, override.value()
     if isinstance(value, Mapping):
@@ -202,6 +206,8 @@ def _choose(override: Override, options: list[str]) -> tuple[str | None, str | N
 
 @cache  # the points of a sweep choose the same options again and again
 def _compose(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    import hydra
+
     with hydra.initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
         config = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
     choices = {str(group): str(option) for group, option in config.hydra.runtime.choices.items()}
@@ -226,11 +232,11 @@ def _keep(config: DictConfig, group: str, given: set[str]) -> None:
             del config[group][name]
 
 
-def _group(override: Override) -> str:
+def _group(override: "Override") -> str:
     return override.key_or_group.partition(".")[0]
 
 
-def _value(override: Override) -> str:
+def _value(override: "Override") -> str:
     return override.get_value_string()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, MetricRecord
@@ -17,7 +17,8 @@ from fedsys.checkpoint import Checkpoints, ClientStates
 from fedsys.config import Experiment, build, configure
 from fedsys.console import Observer, Silent
 from fedsys.data import plot_partition, write_manifest
-from fedsys.engines.local import LocalGrid
+from fedsys.engines.faulty import FaultGrid
+from fedsys.engines.local import Local, LocalGrid
 from fedsys.errors import ConfigError, RunError
 from fedsys.exports import check_export, write_adapter, write_merged
 from fedsys.federation import Federation, assemble, chunk_size
@@ -27,8 +28,9 @@ from fedsys.participation_picture import plot_participation
 from fedsys.privacy.observed import Observed
 from fedsys.protection import protected
 from fedsys.records import RoundRecord
-from fedsys.run_folder import Metrics, RunFolder
+from fedsys.run_folder import Metrics, RunFolder, new_run_id
 from fedsys.snapshot import Snapshot
+from fedsys.strategy import Strategy
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +73,17 @@ def saved_experiment(folder: Path) -> Experiment:
 
 
 def run_experiment(experiment: Experiment, observer: Observer | None = None) -> RunResult:
-    """Run ``experiment`` in this process, or go on with it where its folder has a checkpoint."""
+    """Run ``experiment`` on its engine, or go on with it where its folder has a checkpoint."""
     told: Observer = observer or Silent()
     told.started(experiment)
+    if isinstance(experiment.engine, Local):
+        return _run_here(experiment, told)
+    result: RunResult = experiment.engine.run(experiment, told)
+    return result
+
+
+def _run_here(experiment: Experiment, told: Observer) -> RunResult:
+    """Run ``experiment`` with its clients in this process."""
     federation = assemble(experiment, told.phase)
     clients, chunk = len(federation.shards), chunk_size(federation)
     grid = LocalGrid(CohortApp(lambda _: federation.site), clients, chunk=chunk)
@@ -86,9 +96,17 @@ def run_federation(
     clients: ClientStates,
     observer: Observer,
     engine: str = "local",
+    run: str = "",
 ) -> RunResult:
-    """Train over ``grid``; ``clients`` are the memories that its simulated clients keep, if any."""
+    """Train over ``grid``; ``clients`` are the memories that its simulated clients keep, if any.
+
+    ``run`` is the id of a run that clients elsewhere know already; "" for a new one.
+    """
     experiment = federation.experiment
+    if experiment.fault is not None:
+        grid = FaultGrid(grid, experiment.fault, experiment.seed)
+    if engine != "local":
+        federation.strategy = _among_others(federation)
     folder = RunFolder(experiment.out, experiment.rounds, experiment.checkpoint, clients, observer)
     folder.on_factors = federation.site.take
     folder.on_base = lambda snapshot: federation.site.rebase(snapshot.base, snapshot.basis)
@@ -97,13 +115,23 @@ def run_federation(
     with folder.locked():
         if not folder.exists():
             _describe_partition(federation)
-            folder.create(experiment.resolved, experiment.overrides)
+            folder.create(experiment.resolved, experiment.overrides, run or new_run_id())
         with protected(federation, clients_here=engine == "local") as folder.ledger:
             summary = _train(federation, grid, folder, observer, engine)
     _report(experiment.out)
     result = RunResult(experiment.out, summary, folder.lines(), folder.params, experiment)
     observer.finished(result)
     return result
+
+
+def _among_others(federation: Federation) -> Strategy:
+    """Return the strategy for clients in other processes, who say which of them they are."""
+    engine, clients = federation.experiment.engine, len(federation.shards)
+    settings: dict[str, Any] = {"seats": clients}
+    settings["min_clients"] = min(getattr(engine, "min_clients", None) or clients, clients)
+    if (patience := getattr(engine, "patience", None)) is not None:
+        settings["patience"] = patience
+    return replace(federation.strategy, **settings)
 
 
 def _train(

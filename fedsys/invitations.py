@@ -2,16 +2,20 @@
 
 import logging
 import secrets
+import time
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedsys import checks
 from fedsys.engines.base import connected
+from fedsys.errors import RunError
 from fedsys.privacy.account import ClientAccount
 from fedsys.privacy.release import Spent
-from fedsys.registry import Online, Registry
+from fedsys.registry import Online, Registry, Seats
 from fedsys.seeds import numpy_generator
 from fedsys.snapshot import State
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 1000  # to draw a cohort that may be used
+_ROLL_CALL = 60.0  # seconds for nodes to say who they are
 
 Cohort = dict[int, int]  # client -> its node
 
@@ -31,17 +36,29 @@ class Invitations:
     def __init__(self, strategy: "Strategy", grid: Grid) -> None:
         """Wait until enough clients are connected, and number them."""
         self._strategy, self._grid = strategy, grid
-        self.registry = Registry([])
-        self.online()
+        self.resume([])
 
     def online(self) -> Online:
-        """Return who is connected, as soon as enough are."""
+        """Return who is connected, as soon as enough are; raises ``RunError`` when they are not."""
         strategy = self._strategy
-        return self.registry.online(connected(self._grid, strategy.min_clients, strategy.patience))
+        deadline = time.monotonic() + strategy.patience
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            nodes = connected(self._grid, strategy.min_clients, left)
+            online = self.registry.online(nodes)
+            if len(online.clients) >= strategy.min_clients:
+                return online
+            if time.monotonic() >= deadline:
+                raise RunError(
+                    f"{len(nodes)} nodes are connected, and of the {strategy.min_clients} clients"
+                    f" needed {len(online.clients)} have said who they are"
+                )
+            time.sleep(1.0)
 
     def resume(self, nodes: list[int]) -> None:
         """Go on with the clients that an earlier process has numbered."""
-        self.registry = Registry(nodes)
+        seats = self._strategy.seats
+        self.registry = Seats(nodes, seats, self._roll_call) if seats else Registry(nodes)
         self.online()
 
     def draw(self, drawn: State, server_round: int, *attempt: int) -> tuple[Cohort, State]:
@@ -90,8 +107,29 @@ class Invitations:
         places = sorted(rng.choice(len(clients), count, replace=False, shuffle=False).tolist())
         return {clients[place]: nodes[place] for place in places}
 
+    def _roll_call(self, nodes: list[int]) -> dict[int, int]:
+        """Return which partition each of ``nodes`` says it holds, of those that say it."""
+        calls = [Message(RecordDict(), node, "query.whoami") for node in nodes]
+        claims: dict[int, int] = {}
+        for reply in self._grid.send_and_receive(calls, timeout=_ROLL_CALL):
+            node = reply.metadata.src_node_id
+            try:
+                claims[node] = _partition(reply)
+            except ValueError as reason:
+                log.warning("node %d does not say who it is: %s", node, reason)
+        return claims
+
     def _generator(self, server_round: int, *attempt: int) -> np.random.Generator:
         account = self._strategy.account
         if isinstance(account, ClientAccount) and account.hides_cohorts:
             return np.random.default_rng(secrets.randbits(128))  # the seed is in the run's settings
         return numpy_generator(self._strategy.seed, "participation", server_round, *attempt)
+
+
+def _partition(reply: Message) -> int:
+    """Return what a node says it holds; raises ``ValueError`` when it does not."""
+    metrics = next(iter(checks.content_of(reply).metric_records.values()), MetricRecord())
+    found = metrics.get("partition-id")
+    if not isinstance(found, int):
+        raise ValueError(f"its partition-id is {found!r:.40}")
+    return found

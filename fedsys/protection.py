@@ -1,7 +1,5 @@
 """What keeps an experiment's privacy: the account it is shown by, and the ledgers it is kept in."""
 
-import hashlib
-import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ from fedsys.privacy.canary_clients import CanaryClients
 from fedsys.privacy.client_level import ClientPrivacy, amplification, expected_cohort
 from fedsys.privacy.ledger import Ledger
 from fedsys.privacy.release import Initialisation, Statement, check_delta
+from fedsys.run_folder import id_of
 
 if TYPE_CHECKING:
     from fedsys.federation import Federation
@@ -92,52 +91,49 @@ def data_name(experiment: Experiment) -> str:
     return " ".join(str(part) for part in parts if part)
 
 
-def run_id(experiment: Experiment) -> str:
-    """Return the run's id, which is in its folder; where there is none, a digest of its settings.
-
-    A client far from the server has no run folder, and its ledger tells runs by their settings.
-    """
-    kept = experiment.out / "env.json"
-    if kept.is_file():
-        return str(json.loads(kept.read_text(encoding="utf-8"))["run"])
-    said = json.dumps(experiment.resolved, sort_keys=True, default=str)
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
-
-
 def protected(
     federation: "Federation", clients_here: bool
 ) -> AbstractContextManager[Ledger | None]:
     """Return the ledger that this process keeps, to be held while it trains; None if none is."""
     ledger = protect_server(federation)
     if ledger is None and clients_here:
-        ledger = protect_clients(federation, durable=False)
+        experiment = federation.experiment
+        ledger = protect_clients(
+            federation,
+            id_of(experiment.out) or "",
+            experiment.out,
+            ledger_folder(experiment),
+            durable=False,
+        )
     return ledger or nullcontext()
 
 
-def protect_clients(federation: "Federation", durable: bool = True) -> Ledger | None:
-    """Open the ledger of clients that protect their rows: nothing leaves them but through it.
+def protect_clients(
+    federation: "Federation", run: str, folder: Path, ledger: Path, durable: bool = True
+) -> Ledger | None:
+    """Open the ``ledger`` of clients that protect their rows: nothing leaves them but through it.
 
-    It is held until it is closed; None where no row is protected. ``durable`` replies outlast a
-    loss of power, and not only of the process. Raises ``LedgerError``.
+    It is held until it is closed; None where no row is protected. Replies are kept in ``folder``;
+    ``durable`` ones outlast a loss of power, and not only of the process. Raises ``LedgerError``.
     """
     experiment, site = federation.experiment, federation.site
     account = federation.strategy.account
     if account is None or account.unit != "record":
         return None
-    ledger = _ledger(experiment)
+    opened = Ledger(ledger)
     # Without checkpoints nobody comes back for a reply.
     kept = experiment.checkpoint.every
     site.guard = Guard(
         experiment.privacy,
-        ledger,
-        DiskReplies(experiment.out / "replies", durable) if kept else MemoryReplies(),
-        run=run_id(experiment),
+        opened,
+        DiskReplies(folder / "replies", durable) if kept else MemoryReplies(),
+        run=run,
         delta=account.delta,
         rounds=experiment.rounds,
         seed=experiment.seed,
         initial_rows=site.init_examples if _init(experiment) == "private" else 0,
     )
-    return ledger
+    return opened
 
 
 def protect_server(federation: "Federation") -> Ledger | None:
@@ -145,11 +141,13 @@ def protect_server(federation: "Federation") -> Ledger | None:
     account = federation.strategy.account
     if not isinstance(account, ClientAccount):
         return None
-    account.enter.run = run_id(federation.experiment)
-    ledger = _ledger(federation.experiment)
+    account.enter.run = id_of(federation.experiment.out) or ""
+    ledger = Ledger(ledger_folder(federation.experiment))
     account.enter.open(ledger, account.amplified)
     return ledger
 
 
-def _ledger(experiment: Experiment) -> Ledger:
-    return Ledger(experiment.privacy.ledger or experiment.out / "ledger")
+def ledger_folder(experiment: Experiment) -> Path:
+    """Return where the ledger is that this run reads and writes."""
+    named = getattr(experiment.privacy, "ledger", None)
+    return Path(named or experiment.out / "ledger")

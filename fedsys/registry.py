@@ -1,7 +1,10 @@
 """Which client a node is."""
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+log = logging.getLogger(__name__)
 
 
 class Online(NamedTuple):
@@ -50,3 +53,47 @@ class Registry:
         for node in sorted(set(seen) - self._clients.keys()):
             self._clients[node] = len(self.nodes)
             self.nodes.append(node)
+
+
+class Seats(Registry):
+    """Numbers nodes as they say themselves, which is by their partition of the data.
+
+    So client n holds the same rows and has the same random numbers on every engine. A seat is its
+    node's as long as that is connected; whoever claims it meanwhile is not asked to train.
+    """
+
+    def __init__(
+        self,
+        nodes: list[int],
+        num_clients: int,
+        ask: Callable[[list[int]], Mapping[int, int]],
+    ) -> None:
+        """Give ``num_clients`` seats to whom ``ask`` says; ``nodes`` hold theirs, 0 is nobody.
+
+        ``ask(nodes)`` returns the partitions of those that answer.
+        """
+        super().__init__(nodes + [0] * (num_clients - len(nodes)))
+        self._clients.pop(0, None)
+        self._ask = ask
+        self._claims: dict[int, int] = {}  # of nodes without a seat
+
+    def online(self, connected: Sequence[int]) -> Online:
+        """Return who is connected and has a seat, after asking the nodes that are new."""
+        here = set(connected)
+        if strangers := sorted(here - self._clients.keys() - self._claims.keys()):
+            self._claims |= self._ask(strangers)
+        for node in sorted(here & self._claims.keys()):
+            self._seat(node, here)
+        clients = [client for client, node in enumerate(self.nodes) if node in here]
+        return Online(clients, [self.nodes[client] for client in clients])
+
+    def _seat(self, node: int, here: set[int]) -> None:
+        seat = self._claims[node]
+        if not 0 <= seat < len(self.nodes):
+            log.warning("node %d says it is client %d of %d", node, seat, len(self.nodes))
+        elif (holder := self.nodes[seat]) in here:
+            log.warning("node %d says it is client %d, and so is node %d", node, seat, holder)
+        else:
+            self._clients.pop(holder, None)
+            del self._claims[node]
+            self.nodes[seat], self._clients[node] = node, seat

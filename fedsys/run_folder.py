@@ -90,9 +90,13 @@ class RunFolder:
         """Return whether a run was begun here."""
         return (self.folder / "config.yaml").exists()
 
-    def create(self, resolved: Metrics, overrides: list[str]) -> None:
-        """Write what was asked for; the configuration last, since it makes a folder a run's."""
-        write_whole(self.folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+    def create(self, resolved: Metrics, overrides: list[str], run: str) -> None:
+        """Write what was asked for; the configuration last, since it makes a folder a run's.
+
+        ``run`` is the run's id, by which ledgers know it.
+        """
+        facts = {"run": run, **environment()}
+        write_whole(self.folder / "env.json", json.dumps(facts, indent=2) + "\n")
         write_whole(self.folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
         write_whole(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
 
@@ -225,10 +229,20 @@ class RunFolder:
             self.observed.keep(last_round)
 
 
+def new_run_id() -> str:
+    """Return an id that no other run has."""
+    return secrets.token_hex(8)
+
+
+def id_of(folder: Path) -> str | None:
+    """Return the id of the run in ``folder``; None where none was begun."""
+    kept = folder / "env.json"
+    return json.loads(kept.read_text(encoding="utf-8"))["run"] if kept.is_file() else None
+
+
 def environment() -> Metrics:
     """Return the versions and the machine a run depends on."""
     return {
-        "run": secrets.token_hex(8),  # the run's id, by which ledgers know it
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

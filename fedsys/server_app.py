@@ -1,19 +1,21 @@
 """Flower's entry point at the server: ``flwr run .`` runs a federation as any Flower app.
 
 The run configuration says which: ``overrides="strategy=fedavg rounds=10"`` as after ``fedsys run``,
-or ``hydra-json``, a whole composed configuration.
+or ``hydra-json``, a whole composed configuration. ``run`` is the id of the run and ``out`` its
+folder, where the one that submits it has chosen them.
 """
 
 import json
 import shlex
+from dataclasses import replace
+from pathlib import Path
 
 from flwr.app import Context, UserConfig
 from flwr.serverapp import Grid, ServerApp
+from omegaconf import OmegaConf
 
-from fedsys.config import Experiment, build, compose
+from fedsys.config import build, compose
 from fedsys.console import Silent
-from fedsys.experiment import run_federation
-from fedsys.federation import assemble
 
 app = ServerApp()
 
@@ -21,14 +23,22 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train over whatever clients ``grid`` connects."""
-    experiment = experiment_of(context.run_config)
-    run_federation(assemble(experiment), grid, {}, Silent(), engine="flower")
+    # The client's half of the app reads the settings with this module, and needs no server.
+    from fedsys.experiment import run_federation
+    from fedsys.federation import assemble
+
+    settings = context.run_config
+    experiment = build(json.loads(composed(settings)))
+    if out := str(settings.get("out", "")):
+        experiment = replace(experiment, out=Path(out))
+    run = str(settings.get("run", "")) or f"{context.run_id:x}"
+    run_federation(assemble(experiment), grid, {}, Silent(), engine="deployment", run=run)
 
 
-def experiment_of(settings: UserConfig) -> Experiment:
-    """Return the experiment a run configuration describes; raises ``ConfigError``."""
-    composed = str(settings.get("hydra-json", ""))
-    if composed:
-        return build(json.loads(composed))
+def composed(settings: UserConfig) -> str:
+    """Return the composed configuration that a run configuration gives; raises ``ConfigError``."""
+    if given := str(settings.get("hydra-json", "")):
+        return given
     # Not configure: every process of the run builds it, and the folder exists after the first.
-    return build(compose(shlex.split(str(settings.get("overrides", "")))))
+    config = compose(shlex.split(str(settings.get("overrides", ""))))
+    return json.dumps(OmegaConf.to_container(config))

@@ -57,6 +57,7 @@ class Strategy(FlowerStrategy):
     fraction_evaluate: float = 1.0  # of the clients, for evaluation on their own data
     min_clients: int = 1  # connected before a round may start
     patience: float = 600.0  # seconds to wait for them
+    seats: int = 0  # clients there are, each known by its partition; 0: numbered as they come
     on_client_error: Literal["skip", "fail"] = "skip"
     layout: Layout | None = None  # how arrays are packed; None: named arrays, as any app sends them
     compression: Codec | None = None  # of what clients send, with its error feedback

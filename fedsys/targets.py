@@ -24,6 +24,7 @@ _METHODS = {
     "compression": ("compress", "decompress"),
     "attack": ("accepts", "extra", "forge"),
     "defence": ("defend",),
+    "fault": ("draw",),
 }
 # Of the base of strategies; its other fields belong to the run, not to the configuration.
 _HYPERPARAMETERS = ("server_lr", "weighting")

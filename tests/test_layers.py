@@ -19,6 +19,7 @@ ENTRY_POINTS = {
         "protection",
         "experiment",
         "config",
+        "far",
         "main",
         "server_app",
         "client_app",

@@ -18,7 +18,7 @@ from fedsys.engines.local import LocalGrid
 from fedsys.params import Params
 from fedsys.participation import Markov, Uniform
 from fedsys.records import NoRecorder, RoundRecord
-from fedsys.registry import Registry
+from fedsys.registry import Registry, Seats
 from fedsys.snapshot import Snapshot
 from fedsys.strategy import Strategy
 from tests.runs import (
@@ -354,3 +354,59 @@ def test_who_flips_labels_is_malicious_to_the_server_too(grid: str, tmp_path: Pa
     assert runs[0].lines[0]["train_loss"] == runs[1].lines[0]["train_loss"]
     plain = federation_of(tmp_path / "c", *overrides)
     assert not same(play(plain).params, runs[0].params)
+
+
+# ---- seats
+
+
+def seats_of(claims: dict[int, int], size: int = 4) -> tuple[Seats, list[list[int]]]:
+    """Return seats whose nodes claim what ``claims`` says, and who was asked, call by call."""
+    asked: list[list[int]] = []
+
+    def ask(nodes: list[int]) -> dict[int, int]:
+        asked.append(nodes)
+        return {node: claims[node] for node in nodes if node in claims}
+
+    return Seats([], size, ask), asked
+
+
+@given(st.permutations(range(4)), st.lists(st.sets(st.integers(0, 3)), max_size=5))
+def test_a_node_is_the_client_that_it_says_whenever_it_comes(
+    partitions: list[int], looks: list[set[int]]
+) -> None:
+    nodes = {100 * (place + 1): partition for place, partition in enumerate(partitions)}
+    seats, asked = seats_of(nodes)
+    assert len(seats) == 4, "who is not there yet has a place all the same"
+    for look in looks:
+        connected = [node for node, partition in nodes.items() if partition in look]
+        online = seats.online(connected)
+        assert list(online.clients) == sorted(look)
+        assert [nodes[node] for node in online.nodes] == sorted(look)
+    heard = [node for nodes in asked for node in nodes]
+    assert len(heard) == len(set(heard)), "each is asked once"
+
+
+def test_a_seat_that_is_taken_is_not_given_away_until_its_node_has_gone(caplog: Any) -> None:
+    seats, _ = seats_of({10: 2, 20: 2})
+    assert seats.online([20]) == ([2], [20])
+    assert seats.online([10, 20]) == ([2], [20])
+    assert "node 10 says it is client 2, and so is node 20" in caplog.text
+    assert seats.online([10]) == ([2], [10])
+    assert seats.online([10, 20]) == ([2], [10]), "who comes back finds it taken"
+
+
+def test_who_claims_no_seat_that_there_is_has_none(caplog: Any) -> None:
+    seats, asked = seats_of({10: 4, 20: -1, 30: 0})
+    assert seats.online([10, 20, 30, 40]) == ([0], [30])
+    assert "node 10 says it is client 4 of 4" in caplog.text
+    assert seats.online([10, 20, 30, 40]) == ([0], [30])
+    assert asked == [[10, 20, 30, 40], [40]], "who has not answered is asked again"
+
+
+def test_seats_go_on_from_the_nodes_of_a_checkpoint() -> None:
+    seats, _ = seats_of({10: 3, 20: 1})
+    seats.online([10, 20])
+    assert seats.nodes == [0, 20, 0, 10]
+    resumed = Seats(list(seats.nodes), 4, lambda nodes: pytest.fail(f"asked {nodes}"))
+    assert resumed.online([10]) == ([3], [10])
+    assert resumed.pick([1, 3], resumed.online([10, 20])) == {1: 20, 3: 10}

@@ -1,0 +1,74 @@
+"""Clients in other processes than the server's: on devices, and on Ray.
+
+They are told of the run by its composed configuration, and load data and model themselves. What
+they remember is on disk, since the next message may meet another process.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context, Message
+
+from clients import CohortApp, Site
+from clients.frozen import FrozenStore
+from clients.site import partition_of
+from clients.store import DiskStore
+from fedsys.config import build
+from fedsys.federation import Federation, assemble
+from fedsys.protection import protect_clients
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a client keeps things, and which rows are its own."""
+
+    run: str  # the run's id
+    folder: Path  # of the run: memories, replies, what is frozen
+    ledger: Path  # of all runs
+    data: str | None = None  # a file of its own; None: its share of the run's data
+
+
+class FarClients:
+    """The clients that a process answers for, one message at a time."""
+
+    def __init__(
+        self,
+        settings: Callable[[Context], str],
+        place: Callable[[Context], Place],
+    ) -> None:
+        """Load nothing yet; ``settings(context)`` is the composed configuration as JSON."""
+        self._settings = settings
+        self._place = place
+        self._current: Site | None = None
+
+    def app(self) -> CohortApp:
+        """Return the ClientApp."""
+        return CohortApp(self._site, mods=[self._answer])
+
+    def _site(self, _: Context) -> Site:
+        if self._current is None:
+            raise RuntimeError("no message is being answered")
+        return self._current
+
+    def _answer(
+        self, message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+    ) -> Message:
+        """Hold the client's ledger while it answers; a roll call needs neither data nor model."""
+        if message.metadata.message_type.startswith("query"):
+            return call_next(message, context)
+        place = self._place(context)
+        federation = _federation(self._settings(context), place.data, partition_of(context))
+        site = self._current = federation.site
+        site.store = DiskStore(place.folder / "clients")
+        site.frozen = FrozenStore(place.folder / "frozen")
+        with protect_clients(federation, place.run, place.folder, place.ledger) or nullcontext():
+            return call_next(message, context)
+
+
+@lru_cache(maxsize=2)
+def _federation(settings: str, data: str | None, number: int) -> Federation:
+    return assemble(build(json.loads(settings)))
