@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "installing into $(VENV); the first time takes minutes"
 	@$(PIP) torch==2.13.0
-	@$(PIP) -e ".[text,image,report,dev]"
+	@$(PIP) -e ".[text,image,ray,report,dev]"
 	@touch $@
 
 demo: $(STAMP)

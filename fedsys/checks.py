@@ -71,14 +71,21 @@ def read_masked(reply: Message, client: int, basis: str = "") -> int:
 def read_arrays(reply: Message, client: int, shapes: Mapping[str, tuple[int, ...]]) -> Params:
     """Return a reply's arrays by name.
 
-    Raises ``ClientFailure`` on an error, on other names or shapes than ``shapes``, on NaN or Inf.
+    Raises ``ClientFailure`` on an error, on other names or shapes than ``shapes``, on NaN or Inf,
+    on whole numbers, on a number of examples that is none.
     """
     with _blaming(client):
-        arrays = decode(_only(content_of(reply), ArrayRecord))
+        content = content_of(reply)
+        arrays = decode(_only(content, ArrayRecord))
         if {name: tuple(value.shape) for name, value in arrays.items()} != dict(shapes):
             raise ValueError("names or shapes of the arrays are not those asked for")
         for name, value in arrays.items():
+            if not value.is_floating_point():
+                raise ValueError(f"{name} is {value.dtype}, expected floating point")
             _refuse_non_finite(name, value)
+        for record in content.values():
+            if isinstance(record, MetricRecord):
+                read_metrics(record)
     return {name: arrays[name] for name in shapes}
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fedsys.compose import TARGET, option
+from fedsys.far_conflicts import far_conflicts
 
 if TYPE_CHECKING:
     from fedsys.config import Experiment
@@ -40,6 +41,7 @@ def conflicts(experiment: "Experiment") -> list[str]:
         *_secagg(experiment),
         *_data(experiment),
         *_numbers(experiment),
+        *far_conflicts(experiment),
     ]
 
 

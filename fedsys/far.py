@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message
 
@@ -17,6 +18,7 @@ from clients import CohortApp, Site
 from clients.frozen import FrozenStore
 from clients.site import partition_of
 from clients.store import DiskStore
+from fedsys.compose import TARGET
 from fedsys.config import build
 from fedsys.federation import Federation, assemble
 from fedsys.protection import protect_clients
@@ -29,7 +31,7 @@ class Place:
     run: str  # the run's id
     folder: Path  # of the run: memories, replies, what is frozen
     ledger: Path  # of all runs
-    data: str | None = None  # a file of its own; None: its share of the run's data
+    data: str | None = None  # a file of its own, for partition=on_devices
 
 
 class FarClients:
@@ -71,4 +73,21 @@ class FarClients:
 
 @lru_cache(maxsize=2)
 def _federation(settings: str, data: str | None, number: int) -> Federation:
-    return assemble(build(json.loads(settings)))
+    tree = json.loads(settings)
+    if tree["participation"][TARGET].endswith(".Trace"):  # a file of the server's
+        tree["participation"] = {TARGET: "fedsys.participation.Uniform", "cohort": 1}
+    if tree["partition"][TARGET].endswith(".OnDevices"):
+        _settle(tree, data, number)
+    return assemble(build(tree))
+
+
+def _settle(tree: dict[str, Any], data: str | None, number: int) -> None:
+    """Make the settings those of a device with rows of its own, all of which train."""
+    if data is None:
+        raise ValueError(
+            "this device has no data of its own: name a file in device.yaml, data: ..."
+        )
+    tree["partition"]["client"] = number
+    tree["data"] |= {"path": data, "eval_path": data, "eval_limit": 1, "public_fraction": 0.0}
+    if tree["adapter"].get("init") == "public":  # from the server's rows, which sends what is made
+        tree["adapter"]["init"] = "seeded_random"

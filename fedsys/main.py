@@ -16,6 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from fedsys.compose import FOLDER, chosen_by_default, compose, groups, implied
+from fedsys.deployment import verbs
 from fedsys.errors import ClientFailure, ConfigError, DataError, RunError
 from fedsys.known import suggestion
 
@@ -330,5 +331,10 @@ VERBS = {
         "Write the adapter in the layout of PEFT, or the whole model.", _export_arguments, _export
     ),
     "verify": Verb("Recompute epsilon from the ledger alone.", _folder, _verify),
+    "enrol": Verb("Enrol a device at a server.", verbs.enrol_arguments, verbs.enrol),
+    "serve": Verb(
+        "Run one experiment on enrolled devices.", verbs.serve_arguments, verbs.serve, _settings
+    ),
+    "join": Verb("Take part as a device that is enrolled.", verbs.join_arguments, verbs.join),
     "reproduce": Verb("Set our figures beside a paper's.", _reproduce_arguments, _reproduce),
 }

@@ -30,7 +30,7 @@ def account_of(
     if isinstance(experiment.privacy, ClientPrivacy):
         return _client_account(experiment, experiment.privacy, len(shards), participation)
     privacy = experiment.privacy
-    largest = int(shards.sizes().max())
+    largest = max(1, int(shards.sizes().max()))  # the server knows nothing of rows on devices
     delta = 1 / (2 * largest) if privacy.delta is None else privacy.delta
     check_delta(delta, largest)
     known: dict[str, Initialisation] = {"private": "included", "client_sum": "excluded"}

@@ -98,7 +98,11 @@ class Session:
             yield from phase.arrays(replies, shapes, self.excluded)
             phase.close(self.excluded)
 
-        now.params, now.frozen = self.strategy.prepare(now.params, ask)
+        try:
+            now.params, now.frozen = self.strategy.prepare(now.params, ask)
+        except RunError as error:
+            reasons = [reason for phase in asked for reason in phase.reasons]
+            raise RunError(f"{error}; {reasons[0]}" if reasons else str(error)) from error
         now.basis = digest(now.frozen) if now.frozen else ""
         self.outbox.encode(self.now)
         self.recorder.prepared(now, sum(phase.bytes_up + phase.bytes_down for phase in asked))

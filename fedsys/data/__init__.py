@@ -13,6 +13,7 @@ from fedsys.data.partition import (
     DirichletFedAU,
     DirichletFRL,
     Natural,
+    OnDevices,
     Partition,
 )
 from fedsys.data.picture import plot_partition
@@ -36,6 +37,7 @@ __all__ = [
     "Images",
     "LeastSquares",
     "Natural",
+    "OnDevices",
     "Partition",
     "Quadratic",
     "RandomTokens",

@@ -56,6 +56,20 @@ class IID(_Exhaustive):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnDevices(Partition):
+    """Every client has a file of its own, on its device; the server's rows train nobody."""
+
+    client: int | None = None  # whose device this is; None: the server
+
+    def split(self, dataset: Dataset, num_clients: int, seed: int) -> Shards:
+        """Return all rows as those of ``client``; the others hold what nobody here knows."""
+        sizes = torch.zeros(num_clients, dtype=torch.int64)
+        if self.client is not None:
+            sizes[self.client] = len(dataset.train)
+        return RowShards(torch.arange(int(sizes.sum())), sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contiguous(_Exhaustive):
     """Client i holds rows [i L // N, (i + 1) L // N) of the L training rows as they come."""
 

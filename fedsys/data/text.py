@@ -33,6 +33,7 @@ class TextColumns(ABC):
 
     text: Any = None  # the name of one column, or of two that form a pair
     label: str | None = None
+    classes: list[str] | None = None  # the labels in order; None: those of the training rows
     prompt: Any = None  # the name of a column, or of several that are joined by line breaks
     response: str | None = None
     max_length: int = 128  # tokens
@@ -55,6 +56,8 @@ class TextColumns(ABC):
             problems.append("text: name the column to read, or give both prompt and response")
         if text and (prompt or self.response):
             problems.append("text and prompt with response exclude each other: set one to null")
+        if self.classes is not None and len(set(self.classes)) < max(2, len(self.classes)):
+            problems.append(f"classes: name two or more, each once, got {self.classes}")
         if self.label and not text:
             problems.append("label: a class needs the column text, not prompt and response")
         if len(text) > (2 if self.label else 1):
@@ -81,7 +84,9 @@ class TextColumns(ABC):
             most = f"at most {tokenizer.model_max_length} for this model"
             raise ValueError(f"max_length counts tokens, {most}, got {self.max_length}")
         table, own = self.read(list(dict.fromkeys([*self._columns(), *keep])))
-        classes = class_names(table.columns[self.label], table.where) if self.label else []
+        classes = self.classes or []
+        if self.label and not classes:
+            classes = class_names(table.columns[self.label], table.where)
         split = self._split(len(table), None if own is None else len(own), seed)
 
         def examples(source: Table, rows: Rows) -> TokenExamples:

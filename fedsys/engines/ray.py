@@ -76,7 +76,7 @@ class Ray:
             len(federation.shards),
             backend_config={
                 "client_resources": {"num_cpus": self.cpus, "num_gpus": self.gpus},
-                "init_args": {"log_to_driver": False} | self._cluster,
+                "init_args": {"log_to_driver": False, **self._cluster},
             },
         )
         return results[0]

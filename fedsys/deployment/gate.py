@@ -1,0 +1,298 @@
+"""The policy of a device, put around the loop of Flower's SuperNode.
+
+    in   receive, get_fab       a message, then the code and the settings of its run: judged before
+                                anything is unpacked or started
+    out  get_messages_legacy    a reply, all its bytes at hand: judged before any of them is sent
+
+A refusal is an error reply with the reason. A ClientApp that takes too long, dies or returns
+nothing is ended and answered for, so that the loop goes on. The policy is read at every step, and
+holds from the moment its operator writes it.
+
+Private names of Flower's loop are in this file only.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from typing import Any
+
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode, Status, SubStatus
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
+from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supernode.nodestate import NodeState
+from flwr.supernode.start_client_internal import _insert_message
+
+from fedsys.deployment.device import Device
+from fedsys.deployment.disclosure import LAST_RUN
+from fedsys.deployment.policy import Policy, PolicyError, level_of
+from fedsys.deployment.terms import Refused, Terms, closed, terms_of
+from fedsys.deployment.told import told
+from fedsys.json_lines import strict, write_whole
+
+log = logging.getLogger(__name__)
+
+_UNUSABLE = "policy.yaml of this device cannot be used, so nothing runs on it"
+_POLL = 0.2  # seconds
+_CODES = range(9)  # of Flower's errors
+
+
+class Gate:
+    """Stands between one SuperNode and its server."""
+
+    def __init__(
+        self,
+        device: Device,
+        say: Callable[[str], None],
+        alive: Callable[[], bool],
+        end_apps: Callable[[], None],
+    ) -> None:
+        """``alive()`` is whether ClientApps can be started; ``end_apps()`` ends those there are."""
+        self._device = device
+        self._say = say
+        self._alive = alive
+        self._end_apps = end_apps
+        self._terms: dict[int, Terms] = {}  # by Flower's id of the run
+        self._asked: Message | None = None  # the message in hand
+        self._answer: Message | None = None  # to it, where no ClientApp is to answer
+        self._deadline = 0.0
+
+    # ---- in
+
+    def pull(self, flowers: Callable[..., int | None], **given: Any) -> int | None:
+        """Do as Flower's ``_pull_and_store_message`` does, with what is allowed."""
+        if not self._alive():
+            raise RuntimeError("the process that starts ClientApps has ended")
+        self._asked = self._answer = None
+        runs: dict[int, Run] = {}
+
+        def receive() -> tuple[Message, ObjectTree] | None:
+            received: tuple[Message, ObjectTree] | None = given["receive"]()
+            if received is not None:
+                self._asked = received[0]
+                self._admit(received[0])
+            return received
+
+        def get_run(run_id: int) -> Run:
+            runs[run_id] = given["get_run"](run_id)
+            return runs[run_id]
+
+        def get_fab(fab_hash: str, run_id: int) -> Fab:
+            fab: Fab = given["get_fab"](fab_hash, run_id)
+            self._let_in(runs[run_id], fab)
+            return fab
+
+        try:
+            run_id = flowers(**given | {"receive": receive, "get_run": get_run, "get_fab": get_fab})
+        except Refused as refusal:
+            return self._refuse(refusal, given)
+        self._deadline = time.monotonic() + self._device.settings.seconds
+        return run_id
+
+    def _admit(self, message: Message) -> None:
+        """Raise ``Refused`` unless the message may be answered, as far as its run is known."""
+        with closed():
+            policy = self._policy()
+            reasons = policy.of_message(message.metadata.message_type)
+            terms = self._terms.get(message.metadata.run_id)
+            if reasons := [*reasons, *(terms.reasons(policy) if terms else [])]:
+                raise Refused(reasons)
+
+    def _let_in(self, run: Run, fab: Fab) -> None:
+        """Raise ``Refused`` unless the run may be taken part in."""
+        with closed():
+            policy, code = self._policy(), sha256(fab.content).hexdigest()
+            if reasons := policy.of_code(code):
+                raise Refused(reasons, ErrorCode.INVALID_FAB)
+            terms = terms_of(run, fab.content, code)
+            if reasons := terms.reasons(policy):
+                raise Refused(reasons)
+            self._terms[run.run_id] = terms
+            self._device.state.mkdir(parents=True, exist_ok=True)
+            write_whole(self._device.state / LAST_RUN, strict(asdict(terms), indent=1) + "\n")
+        self._say(f"run {terms.run}: taking part")
+
+    def _refuse(self, refusal: Refused, given: Mapping[str, Any]) -> int | None:
+        """Answer the message in hand with the refusal."""
+        message = self._in_hand()
+        told = message.metadata
+        self._say(f"refused a {told.message_type} message: {refusal}")
+        try:
+            given["confirm_message_received"](told.run_id, told.message_id)
+        except RunNotRunningException:
+            return None
+        except Exception:  # the server then keeps what it need not keep
+            log.warning("a refused message could not be confirmed", exc_info=True)
+        self._answer = self._error(
+            given["state"], given["object_store"], refusal.code, str(refusal)
+        )
+        return told.run_id
+
+    # ---- out
+
+    def push(self, flowers: Callable[..., None], **given: Any) -> None:
+        """Do as Flower's ``_push_messages`` does, with what may leave."""
+        judging = _Judging(given["state"], lambda: [self._reply(given["state"], store)])
+        store: ObjectStore = given["object_store"]
+        flowers(**given | {"state": judging})
+
+    def _reply(self, state: NodeState, store: ObjectStore) -> Message:
+        """Wait for the reply to the message in hand, and return it or what is sent instead."""
+        asked, found = self._in_hand(), None
+        while self._answer is None:
+            # Looked at first: whoever ends has replied before.
+            over = self._over(state)
+            for reply in state.get_messages_legacy(is_reply=True):
+                if found is None and _answers(reply, asked):
+                    found = reply
+                else:  # to nothing, or once more
+                    _drop(reply, state, store)
+            contents = None if found is None else _contents(found, store)
+            if found is not None and contents is not None:
+                return self._judged(found, contents, state, store)
+            if over:
+                if found is not None:
+                    _drop(found, state, store)
+                return self._give_up(over, state, store)
+            time.sleep(_POLL)
+        return self._answer
+
+    def _over(self, state: NodeState) -> str | None:
+        """Return why no reply will come any more; None as long as one may."""
+        tasks = state.get_tasks(run_ids=[self._in_hand().metadata.run_id])
+        if all(task.status.status == Status.FINISHED for task in tasks):
+            return "the ClientApp ended without a reply"
+        if time.monotonic() > self._deadline:
+            return f"no reply within the {self._device.settings.seconds:g} seconds of this device"
+        return None if self._alive() else "the process that starts ClientApps has ended"
+
+    def _give_up(self, why: str, state: NodeState, store: ObjectStore) -> Message:
+        """End whatever works on the message in hand, and return an error reply."""
+        asked = self._in_hand().metadata
+        self._say(f"gave up a {asked.message_type} message: {why}")
+        self._end_apps()
+        for task in state.get_tasks(run_ids=[asked.run_id]):
+            # Else Flower takes it for lost a minute later, and fails what is then in hand.
+            if task.status.status != Status.FINISHED:
+                state.finish_task(task.task_id, SubStatus.FAILED, why)
+        store.delete(asked.message_id)
+        return self._error(state, store, ErrorCode.CLIENT_APP_CRASHED, why)
+
+    def _judged(
+        self, reply: Message, contents: dict[str, bytes], state: NodeState, store: ObjectStore
+    ) -> Message:
+        """Return the reply if it may leave, and an error reply otherwise."""
+        asked = self._in_hand().metadata
+        try:
+            with closed():
+                policy, terms = self._policy(), self._terms[asked.run_id]
+                if not reply.has_error():
+                    self._examine(reply, contents, policy, terms)
+                    self._say(
+                        f"run {terms.run}: sending {sum(map(len, contents.values()))} bytes in"
+                        f" answer to {asked.message_type}"
+                    )
+                    return reply
+                private = policy.privacy != "none" or level_of(terms.settings) != "none"
+                code, reason = reply.error.code, told(reply.error.reason, private)
+        except Refused as refusal:
+            code, reason = refusal.code, str(refusal)
+        self._say(f"run {asked.run_id:x}: sending an error: {reason}")
+        _drop(reply, state, store)
+        code = code if code in _CODES else ErrorCode.UNKNOWN
+        return self._error(state, store, code, reason)
+
+    def _examine(
+        self, reply: Message, contents: dict[str, bytes], policy: Policy, terms: Terms
+    ) -> None:
+        """Raise ``Refused`` unless the reply may leave."""
+        # Imported now: an idle node does without torch.
+        from fedsys.deployment.facts import Asked, facts_of
+
+        said, asked = reply.metadata, self._in_hand().metadata
+        if (said.message_type, said.group_id) != (asked.message_type, asked.group_id):
+            raise Refused(["the reply is not marked as one to the message"])
+        size = sum(map(len, contents.values()))
+        message = inflate_object_from_contents(said.message_id, dict(contents))
+        if not isinstance(message, Message) or not message.has_content():
+            raise Refused(["the reply holds nothing that could be judged"])
+        about = Asked(
+            kind=asked.message_type,
+            level=level_of(terms.settings),
+            run=terms.run,
+            round=int(asked.group_id) if asked.group_id.isdecimal() else None,
+            summed=_is_summed(terms.settings),
+        )
+        facts = facts_of(message, about, size, self._device.ledger)
+        if reasons := [*terms.reasons(policy), *policy.of_reply(facts)]:
+            raise Refused(reasons)
+
+    # ---- both
+
+    def _policy(self) -> Policy:
+        """Return the policy as it stands now; raises ``Refused`` when there is none."""
+        try:
+            return Policy.load(self._device.policy)
+        except PolicyError as error:
+            self._say(str(error))
+            raise Refused([_UNUSABLE]) from error
+
+    def _in_hand(self) -> Message:
+        if self._asked is None:
+            raise RuntimeError("no message is in hand")
+        return self._asked
+
+    def _error(self, state: NodeState, store: ObjectStore, code: int, reason: str) -> Message:
+        """Return an error reply to the message in hand, stored as Flower's loop sends them."""
+        reply = Message(Error(code, reason), reply_to=self._in_hand())
+        _insert_message(reply, state, store)
+        return reply
+
+
+class _Judging:
+    """A SuperNode's state, but for its replies, which are those that may leave."""
+
+    def __init__(self, state: NodeState, replies: Callable[[], list[Message]]) -> None:
+        self._state = state
+        self._replies = replies
+
+    def get_messages_legacy(self, *, is_reply: bool) -> list[Message]:
+        """Return the replies; the loop asks for nothing else."""
+        if not is_reply:
+            raise ValueError("only replies are sent")
+        return self._replies()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+
+def _is_summed(settings: Mapping[str, Any]) -> bool:
+    secagg = settings.get("secagg")
+    return isinstance(secagg, Mapping) and secagg.get("_target_") is not None
+
+
+def _answers(reply: Message, asked: Message) -> bool:
+    return bool(reply.metadata.reply_to_message_id == asked.metadata.message_id)
+
+
+def _contents(reply: Message, store: ObjectStore) -> dict[str, bytes] | None:
+    """Return all that would be sent, by Flower's ids; None as long as some of it is missing."""
+    try:
+        tree = store.get_object_tree(reply.metadata.message_id)
+    except NoObjectInStoreError:
+        return None
+    found = {node.object_id: store.get(node.object_id) for node in iterate_object_tree(tree)}
+    contents = {name: content for name, content in found.items() if content}
+    return contents if len(contents) == len(found) else None
+
+
+def _drop(reply: Message, state: NodeState, store: ObjectStore) -> None:
+    """Forget a reply and all it holds."""
+    state.delete_messages(message_ids=[reply.metadata.message_id])
+    store.delete(reply.metadata.message_id)
