@@ -14,6 +14,8 @@ from torch import Tensor
 
 _NUMPY = "numpy.ndarray"  # Flower's name for the bytes of np.save
 _MAGIC = b"\x93NUMPY"
+# Of each version of the format: how the length of its header is written, and where the header is.
+_VERSIONS = {b"\x01\x00": ("<H", 10), b"\x02\x00": ("<I", 12), b"\x03\x00": ("<I", 12)}
 _HEADER = re.compile(
     rb"\{'descr': '([<|=][biuf]\d{1,2})', 'fortran_order': (False|True), "
     rb"'shape': \(([\d, ]*)\), \}[ ]*\n"
@@ -103,9 +105,10 @@ def _read(array: Array) -> NDArray[np.generic]:
     zip archives, and evaluate the header as Python.
     """
     data = array.data
-    if array.stype != _NUMPY or not isinstance(data, bytes) or data[:6] != _MAGIC or len(data) < 12:
+    known = array.stype == _NUMPY and isinstance(data, bytes) and data[:6] == _MAGIC
+    if not known or data[6:8] not in _VERSIONS or len(data) < 12:
         raise ValueError("an array cannot be decoded: it is not in the format of np.save")
-    width, start = ("<H", 10) if data[6] == 1 else ("<I", 12)
+    width, start = _VERSIONS[data[6:8]]
     end = start + struct.unpack_from(width, data, 8)[0]
     header = _HEADER.fullmatch(data[start:end])
     if header is None:

@@ -6,11 +6,11 @@ those that were sent, numbers are finite, counts are counts, and what is frozen 
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
@@ -22,10 +22,16 @@ from fedsys.privacy.release import Release, Spent, merged
 from fedsys.update import Update
 
 MAX_EXAMPLES = 2**53  # beyond it a count is no longer exact as a float
+# Beyond what float32 holds, a number may be infinite when it is squared, or weighted and summed.
+LARGEST = torch.finfo(torch.float32).max
 
 _R = TypeVar("_R", ArrayRecord, MetricRecord)
 _OTHER_FACTORS = "trained with other frozen factors than the server holds"
-_MAX_RELEASES = 256  # mechanisms of one client
+# What a client may say it has released. Epsilon of more takes minutes and gigabytes.
+_MAX_RELEASES = 256  # mechanisms
+_MAX_STEPS = 10**6  # of all of them
+_LEAST_RATE = 1e-9  # of one
+_LONGEST = 500  # characters of a reason
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -40,13 +46,13 @@ def read_update(
     """Return the update of a reply to ``sent``: x_n - x_t, or what ``decode_reply`` makes of it.
 
     Whole numbers differ in float64. Raises ``ClientFailure`` with the reason when the reply cannot
-    be used: an error, other names, shapes or dtypes than were sent, NaN or Inf, no positive number
-    of examples, another basis.
+    be used: an error, other names, shapes or dtypes than were sent, NaN or Inf (or what float32
+    would take for it), no positive number of examples, another basis.
     """
     with _blaming(client):
         content = content_of(reply)
         arrays = _only(content, ArrayRecord)
-        delta = decode_reply(decode(arrays)) if decode_reply else _difference(arrays, sent)
+        delta = _decoded(arrays, decode_reply) if decode_reply else _difference(arrays, sent)
         metrics = read_metrics(_only(content, MetricRecord))
         if _basis_of(content) != basis:
             raise ValueError(_OTHER_FACTORS)
@@ -102,11 +108,12 @@ def read_metrics(record: MetricRecord) -> dict[str, float]:
     """
     count = record.get(NUM_EXAMPLES)
     # Compared and not converted: NaN fails, and so does an int too large for a float.
-    if not isinstance(count, int | float) or not 1 <= count <= MAX_EXAMPLES or count % 1:
+    known = isinstance(count, int | float) and not isinstance(count, bool)
+    if not known or not 1 <= count <= MAX_EXAMPLES or count % 1:
         raise ValueError(f"{NUM_EXAMPLES} must be a whole number from 1 to 2^53, got {count!r:.40}")
     metrics = {n: value for n, value in record.items() if isinstance(value, int | float)}
     for name, value in metrics.items():
-        if not -sys.float_info.max <= value <= sys.float_info.max:
+        if not -LARGEST <= value <= LARGEST:
             raise ValueError(f"metric {name} is NaN, Inf or too large")
     return {name: float(value) for name, value in metrics.items()}
 
@@ -115,8 +122,9 @@ def content_of(reply: Message) -> RecordDict:
     """Return the reply's content; raise ``ValueError`` with the reason when it is an error."""
     if reply.has_error():
         # Ray's reason is a coloured traceback; its last line says what happened.
-        lines = _COLOUR.sub("", reply.error.reason or "").strip().splitlines()
-        raise ValueError(lines[-1].strip()[:500] if lines else f"error code {reply.error.code}")
+        end = (reply.error.reason or "").rstrip()[-20 * _LONGEST :]
+        lines = _COLOUR.sub("", end).strip().splitlines()
+        raise ValueError(_legible(lines[-1]) if lines else f"error code {reply.error.code}")
     return reply.content
 
 
@@ -126,10 +134,11 @@ def read_content(reply: Message, client: int) -> RecordDict:
         return content_of(reply)
 
 
-def read_spent(reply: Message, client: int) -> Spent:
+def read_spent(reply: Message, client: int, before: Spent = ()) -> Spent:
     """Return what the client says it has released in all.
 
-    Raises ``ClientFailure`` when it says nothing, or what cannot be.
+    Raises ``ClientFailure`` when it says nothing, what cannot be, or less than ``before``, which is
+    what it had said: a ledger only grows.
     """
     with _blaming(client):
         content = content_of(reply)
@@ -138,24 +147,38 @@ def read_spent(reply: Message, client: int) -> Spent:
             raise ValueError("a private run needs what the client has spent, and it says nothing")
         if len(numbers) > 3 * _MAX_RELEASES:
             raise ValueError(f"the client has spent on more than {_MAX_RELEASES} mechanisms")
-        return merged(
-            Release(float(z), float(q), _whole(steps))
-            for z, q, steps in zip(*(map(float, numbers[i::3]) for i in range(3)), strict=True)
-        )
+        if not all(type(number) in (int, float) for number in numbers):
+            raise ValueError("what the client has spent is told in numbers")
+        spent = merged(map(_release, *(map(float, numbers[i::3]) for i in range(3))))
+        if sum(release.steps for release in spent) > _MAX_STEPS:
+            raise ValueError(f"the client has spent on more than {_MAX_STEPS} steps")
+        steps = {(r.noise_multiplier, r.sample_rate): r.steps for r in spent}
+        if any(steps.get((r.noise_multiplier, r.sample_rate), 0) < r.steps for r in before):
+            raise ValueError("the client says it has spent less than it had said before")
+    return spent
 
 
-def _whole(number: float) -> int:
-    if not 0 <= number <= MAX_EXAMPLES or number % 1:
-        raise ValueError(f"steps must be a whole number, got {number}")
-    return int(number)
+def _release(noise_multiplier: float, sample_rate: float, steps: float) -> Release:
+    """Return a release of numbers that a client has sent; raises ``ValueError``."""
+    if not 0 <= steps <= _MAX_STEPS or steps % 1:
+        raise ValueError(f"steps must be a whole number up to {_MAX_STEPS}, got {steps}")
+    if sample_rate < _LEAST_RATE:
+        raise ValueError(f"sample_rate must be at least {_LEAST_RATE}, got {sample_rate}")
+    return Release(noise_multiplier, sample_rate, int(steps))
 
 
 @contextmanager
 def _blaming(client: int) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        raise ClientFailure(client, str(error)) from error
+    except (ValueError, OverflowError) as error:
+        raise ClientFailure(client, _legible(str(error))) from error
+
+
+def _legible(text: str) -> str:
+    """Return the beginning of ``text`` in one line, without what a terminal or UTF-8 trips over."""
+    words = " ".join(text[: 2 * _LONGEST].split())[:_LONGEST]
+    return words if words.isprintable() else "".join(c if c.isprintable() else "?" for c in words)
 
 
 def _only(content: RecordDict, kind: type[_R]) -> _R:
@@ -167,6 +190,14 @@ def _only(content: RecordDict, kind: type[_R]) -> _R:
 
 def _basis_of(content: RecordDict) -> object:
     return content[REPLY].get(BASIS, "") if REPLY in content else ""
+
+
+def _decoded(received: ArrayRecord, decode_reply: Callable[[Params], Params]) -> Params:
+    delta = decode_reply(decode(received))
+    for name, value in delta.items():
+        if value.dtype == torch.float64:  # others are finite, which the codec has seen to
+            _refuse_non_finite(name, value)
+    return delta
 
 
 def _difference(received: ArrayRecord, sent: ArrayRecord) -> Params:
@@ -194,9 +225,11 @@ def _difference(received: ArrayRecord, sent: ArrayRecord) -> Params:
 
 def _refuse_non_finite(name: str, value: Tensor) -> None:
     if not _is_finite(value):
-        raise ValueError(f"{name} holds NaN or Inf")
+        raise ValueError(f"{name} holds NaN or Inf, or numbers beyond those of float32")
 
 
 def _is_finite(value: Tensor) -> bool:
+    if value.dtype == torch.float64:
+        return bool((value.abs() <= LARGEST).all())
     # The sum of finite numbers is finite but for overflow, and far cheaper than isfinite.
     return math.isfinite(value.sum().item()) or bool(value.isfinite().all())

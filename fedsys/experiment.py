@@ -154,7 +154,7 @@ def _train(
         _export(federation, folder.params, experiment.out / "adapter")
         accountants = federation.accountants(folder.spent)
     except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         reason = f"{type(error).__name__}: {error}"
         facts = federation.facts() | federation.spending(folder.spent)
         folder.summarise(status, **facts, engine=engine, reason=reason)

@@ -1,11 +1,12 @@
 """Flower's entry point at the server: ``flwr run .`` runs a federation as any Flower app.
 
 The run configuration says which: ``overrides="strategy=fedavg rounds=10"`` as after ``fedsys run``,
-or ``hydra-json``, a whole composed configuration. ``run`` is the id of the run and ``out`` its
-folder, where the one that submits it has chosen them.
+or ``hydra-json``, a whole composed configuration of them. ``run`` is the id of the run, ``out`` its
+folder and ``cwd`` where relative paths begin, where the one that submits it has chosen them.
 """
 
 import json
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,10 @@ def main(grid: Grid, context: Context) -> None:
     from fedsys.federation import assemble
 
     settings = context.run_config
-    experiment = build(json.loads(composed(settings)))
+    if cwd := str(settings.get("cwd", "")):
+        os.chdir(cwd)
+    typed = shlex.split(str(settings.get("overrides", "")))
+    experiment = build(json.loads(composed(settings)), typed)
     if out := str(settings.get("out", "")):
         experiment = replace(experiment, out=Path(out))
     run = str(settings.get("run", "")) or f"{context.run_id:x}"

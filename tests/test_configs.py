@@ -43,6 +43,13 @@ NEEDED = {
     ("data", "least_squares"): POINT,
     ("model", "point"): ["data=least_squares", *POINT],
     ("partition", "natural"): ["partition.column=label"],
+    ("partition", "on_devices"): [
+        "engine=deployment",
+        "data=text",
+        "data.path={folder}/a.csv",
+        "data.classes=[0,1]",
+        *CLASSIFIER,
+    ],
     ("privacy", "sample"): ["privacy.epsilon=3"],
     ("privacy", "client"): ["privacy.epsilon=3", "strategy.weighting=uniform"],
     ("experiment", "fed_sb_gaussians_private"): ["privacy.epsilon=3"],

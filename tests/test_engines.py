@@ -1,12 +1,13 @@
 """One configuration, three engines, one seed: the same bits, on real Ray and a real SuperLink."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fedsys.experiment import run
-from tests.deployed import Loopback, lines, same_bits
+from tests.deployed import FEDSYS, Loopback, lines, same_bits
 from tests.runs import comparable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -40,9 +41,12 @@ def local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_ray_trains_to_the_same_bits(local: Path, tmp_path: Path) -> None:
-    run([*COMMON, *METHODS[local.name], "engine=ray", f"out={tmp_path / 'ray'}"])
-    assert same_bits(tmp_path / "ray", local, 2)
-    assert comparable(lines(tmp_path / "ray")) == comparable(lines(local))
+    out = tmp_path / "ray"
+    words = [*COMMON, *METHODS[local.name], "engine=ray", f"out={out}"]
+    done = subprocess.run([*FEDSYS, "run", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert same_bits(out, local, 2)
+    assert comparable(lines(out)) == comparable(lines(local))
 
 
 def test_devices_train_to_the_same_bits(local: Path, deployment: Loopback) -> None:

@@ -157,6 +157,24 @@ def Fab_hash(content: bytes) -> str:
 
 
 @dataclass
+class Apps:
+    """The processes of ClientApps, of which there are none here."""
+
+    alive: bool = True
+    runs: bool = True
+    ended: int = 0
+
+    def can_start(self) -> bool:
+        return self.alive
+
+    def any_runs(self) -> bool:
+        return self.runs
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@dataclass
 class Node:
     """A SuperNode's loop, step by step, with the gate around it."""
 
@@ -174,11 +192,8 @@ class Node:
         self.state.set_node_id(NODE)
         self.device = Device.load(self.folder)
         self.said: list[str] = []
-        self.alive, self.ended = True, 0
-        self.gate = Gate(self.device, self.said.append, lambda: self.alive, self._end)
-
-    def _end(self) -> None:
-        self.ended += 1
+        self.apps = Apps()
+        self.gate = Gate(self.device, self.apps, self.said.append)
 
     def permit(self, **changes: str) -> None:
         lines = [f"{key}: {value}" for key, value in (POLICY | changes).items()]
@@ -344,6 +359,12 @@ def test_a_run_is_fetched_once_and_remembered(node: Node, server: Server) -> Non
     assert server.fetched == 1
     last = json.loads((node.device.state / LAST_RUN).read_text())
     assert last["run"] == "abc"
+
+
+@pytest.mark.slow
+def test_a_dry_run_names_what_the_last_run_trained(node: Node, server: Server) -> None:
+    entered(node)
+    node.answer(private_reply())
     told = disclosure(node.device, Policy.load(node.device_policy))
     assert "fc1.R.weight" in told
     assert "digits#3: epsilon" in told
@@ -476,9 +497,7 @@ def test_what_the_ledger_says_counts_and_not_what_the_client_says(
     assert no_array_left(server)
 
 
-def test_without_a_ledger_or_with_an_altered_one_nothing_leaves(
-    node: Node, server: Server
-) -> None:
+def test_without_a_ledger_or_with_an_altered_one_nothing_leaves(node: Node, server: Server) -> None:
     node.answer(private_reply())
     assert server.sent[-1].has_error()
     entered(node)
@@ -582,7 +601,7 @@ def test_a_client_that_hangs_is_ended_and_answered_for(tmp_path: Path, server: S
     begun = time.monotonic()
     node.push()
     assert time.monotonic() - begun < 10
-    assert node.ended == 1
+    assert node.apps.ended == 1
     assert server.sent[-1].error.code == ErrorCode.CLIENT_APP_CRASHED
     assert "0.5 seconds" in str(server.sent[-1].error.reason)
     # Else it would be taken for lost in a minute, and the message then in hand with it.
@@ -610,9 +629,7 @@ def test_after_a_client_that_hung_the_next_is_served(tmp_path: Path, server: Ser
     assert len(node.store) == 0
 
 
-def test_a_client_that_returns_nothing_is_answered_for_at_once(
-    node: Node, server: Server
-) -> None:
+def test_a_client_that_returns_nothing_is_answered_for_at_once(node: Node, server: Server) -> None:
     server.ask()
     node.pull()
     node.take()
@@ -621,6 +638,36 @@ def test_a_client_that_returns_nothing_is_answered_for_at_once(
     node.push()
     assert time.monotonic() - begun < 5  # of 20
     assert "without a reply" in str(server.sent[-1].error.reason)
+
+
+def test_a_client_that_dies_is_answered_for_at_once(node: Node, server: Server) -> None:
+    server.ask()
+    node.pull()
+    node.take()
+    node.apps.runs = False
+    begun = time.monotonic()
+    node.push()
+    assert time.monotonic() - begun < 5  # of 20
+    assert "died" in str(server.sent[-1].error.reason)
+
+
+def test_a_client_that_died_after_its_reply_has_replied(node: Node, server: Server) -> None:
+    entered(node)
+    server.ask()
+    node.pull()
+    node.give(private_reply()(node.take()))
+    node.apps.runs = False
+    node.push()
+    assert server.received.has_content()
+
+
+def test_a_client_that_has_not_started_yet_is_waited_for(tmp_path: Path, server: Server) -> None:
+    node = Node(tmp_path / "here", server, seconds=1.0)
+    node.apps.runs = False
+    server.ask()
+    node.pull()
+    node.push()
+    assert "1 seconds" in str(server.sent[-1].error.reason)
 
 
 def test_a_reply_that_is_cut_off_is_none(node: Node, server: Server) -> None:
@@ -657,7 +704,7 @@ def test_a_slow_client_is_waited_for(node: Node, server: Server) -> None:
 def test_without_superexec_the_loop_ends(node: Node, server: Server) -> None:
     server.ask()
     node.pull()
-    node.alive = False
+    node.apps.alive = False
     node.push()
     assert "has ended" in str(server.sent[-1].error.reason)
     with pytest.raises(RuntimeError, match="has ended"):

@@ -1,4 +1,4 @@
-"""The policy of a device: every limit refuses, and a file that is not understood permits nothing."""
+"""The policy of a device: every limit refuses; a file that is not understood permits nothing."""
 
 import math
 from copy import deepcopy
@@ -154,8 +154,7 @@ def test_a_file_with_any_change_is_what_it_says_or_is_refused(
 def _believed_or_refused(folder: Path, text: str | bytes) -> None:
     try:
         found = Policy.load(written(folder, text))
-    except PolicyError as error:
-        assert error.problems
+    except PolicyError:
         return
     said = yaml.safe_load(text)
     assert set(said) == set(KEYS)
@@ -170,7 +169,9 @@ def _believed_or_refused(folder: Path, text: str | bytes) -> None:
             assert (held is None) == (value is None)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"[]\n", b"a\n", b"\xff\xfe\n", b"a: [\n", b"- 1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"[]\n", b"a\n", b"\xff\xfe\n", b"a: [\n", b"- 1\n"]
+)
 def test_what_is_no_policy_is_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(PolicyError):
         Policy.load(written(tmp_path, content))

@@ -67,8 +67,10 @@ class Scripted:
 
     address = "127.0.0.1:8443"
 
-    def __init__(self, *scripts: Callable[[], Iterator[RunStatus]], others: Sequence[int] = ()):
-        self.scripts, self.others = list(scripts), list(others)
+    def __init__(
+        self, *scripts: Callable[[], Iterator[RunStatus]], others: dict[int, str] | None = None
+    ):
+        self.scripts, self.others = list(scripts), others or {}
         self.settings: list[dict[str, str]] = []
         self.devices = Devices(2, 2)
         self.stopped_runs: list[int] = []
@@ -98,7 +100,7 @@ class Scripted:
     def stop_run(self, run: int) -> None:
         self.stopped_runs.append(run)
 
-    def unfinished(self) -> list[int]:
+    def unfinished(self) -> dict[int, str]:
         return self.others
 
     def log(self, run: int) -> str:
@@ -228,6 +230,13 @@ def test_a_run_that_is_gone_on_with_keeps_its_id(plan: Plan, played) -> None:
     assert told.rounds == [2]  # round 1 was shown before, by whoever was there
 
 
+def test_a_run_that_an_earlier_serve_has_left_is_followed(plan: Plan, played) -> None:
+    link = played(others={7: str(plan.out)})
+    link.statuses = writes(plan, [0], status="completed")()
+    serve(plan)
+    assert link.settings == []
+
+
 def test_a_killed_server_app_is_started_again_and_goes_on(plan: Plan, played) -> None:
     link = played(writes(plan, [0, 1]), writes(plan, [1, 2, 3], status="completed"))
     told = Watching()
@@ -300,7 +309,7 @@ def test_an_interruption_ends_the_run_and_the_superlink_unless_kept(
 
 
 def test_a_superlink_with_another_run_on_it_is_left_alone(plan: Plan, played, caplog) -> None:
-    link = played(writes(plan, [0], status="completed"), others=[7])
+    link = played(writes(plan, [0], status="completed"), others={7: "/elsewhere"})
     with caplog.at_level(logging.WARNING):
         serve(plan)
     assert not link.stopped
@@ -464,8 +473,7 @@ def test_a_run_goes_on_when_serve_is_killed(real: Plan) -> None:
         time.sleep(0.1)
     serving.kill()
     serving.join()
-    deadline = time.monotonic() + 60
-    while not (real.out / "summary.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert link_of(real).start()  # the next one finds it
+    told = Watching()
+    assert serve(real, told).summary["status"] == "completed"
+    assert told.rounds[-1] == 20
+    assert len(list(real.out.glob("began-*"))) == 1  # the next one found it and went along

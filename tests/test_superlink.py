@@ -169,7 +169,7 @@ def test_without_its_certificate_nobody_is_spoken_to(link: SuperLink) -> None:
 def test_a_run_is_taken_followed_and_its_log_kept(link: SuperLink, tmp_path: Path) -> None:
     plan = json.dumps({"rounds": 1})
     run = link.submit(tiny(), {"hydra-json": plan, "out": str(tmp_path), "run": "ab12"})
-    assert run in link.unfinished()
+    assert link.unfinished() == {run: str(tmp_path)}
     assert finished(link, run) == RunStatus("finished", "completed", "")
     assert run not in link.unfinished()
     assert "a tiny run ab12" in link.log(run)
@@ -183,7 +183,8 @@ def test_a_run_with_a_key_that_the_bundle_has_not_is_refused(link: SuperLink) ->
 
 def test_a_run_can_be_stopped(link: SuperLink, tmp_path: Path) -> None:
     plan = json.dumps({"rounds": 1000, "seconds": 0.5})
-    run = link.submit(tiny(), {"hydra-json": plan, "out": str(tmp_path)})
+    run = link.submit(tiny(), {"hydra-json": plan})
+    assert link.unfinished() == {run: ""}
     link.stop_run(run)
     status = link.status(run)
     assert (status.status, status.sub_status, status.lost) == ("finished", "stopped", False)

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from fedsys.errors import ConfigError
 
-KEYS = ("hydra-json", "overrides", "out", "run")  # of the configuration of a run
+KEYS = ("hydra-json", "overrides", "out", "run", "cwd")  # of the configuration of a run
 LIMIT = 10 * 2**20  # bytes that Flower takes
 _DATE = (2024, 10, 1, 0, 0, 0)  # as Flower dates all files of a bundle
 _PROJECT = "pyproject.toml"

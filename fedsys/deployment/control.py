@@ -130,10 +130,14 @@ class Control:
         found = answer.run_dict[run].status
         return RunStatus(found.status, found.sub_status, found.details)
 
-    def unfinished(self) -> list[int]:
-        """Return the runs that are not over."""
+    def unfinished(self) -> dict[int, str]:
+        """Return the runs that are not over, each with its folder."""
         answer = self._call("list-runs", api.ListRunsRequest(), api.ListRunsResponse)
-        return [run for run, known in answer.run_dict.items() if known.status.status != "finished"]
+        return {
+            run: known.override_config["out"].string if "out" in known.override_config else ""
+            for run, known in answer.run_dict.items()
+            if known.status.status != "finished"
+        }
 
     def stop(self, run: int) -> None:
         """End a run that is not over."""

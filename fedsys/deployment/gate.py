@@ -16,14 +16,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode, Status, SubStatus
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode.nodestate import NodeState
@@ -39,25 +38,32 @@ from fedsys.json_lines import strict, write_whole
 log = logging.getLogger(__name__)
 
 _UNUSABLE = "policy.yaml of this device cannot be used, so nothing runs on it"
-_POLL = 0.2  # seconds
+_NO_STARTER = "the process that starts ClientApps has ended"
+_POLL = 0.25  # seconds
 _CODES = range(9)  # of Flower's errors
+
+
+class Apps(Protocol):
+    """The ClientApps of a device, each in a process of its own."""
+
+    def can_start(self) -> bool:
+        """Return whether there is anything that starts them."""
+
+    def any_runs(self) -> bool:
+        """Return whether one is running."""
+
+    def end(self) -> None:
+        """End those that are running, at once."""
 
 
 class Gate:
     """Stands between one SuperNode and its server."""
 
-    def __init__(
-        self,
-        device: Device,
-        say: Callable[[str], None],
-        alive: Callable[[], bool],
-        end_apps: Callable[[], None],
-    ) -> None:
-        """``alive()`` is whether ClientApps can be started; ``end_apps()`` ends those there are."""
+    def __init__(self, device: Device, apps: Apps, say: Callable[[str], None]) -> None:
+        """``say`` tells whoever is at the device."""
         self._device = device
+        self._apps = apps
         self._say = say
-        self._alive = alive
-        self._end_apps = end_apps
         self._terms: dict[int, Terms] = {}  # by Flower's id of the run
         self._asked: Message | None = None  # the message in hand
         self._answer: Message | None = None  # to it, where no ClientApp is to answer
@@ -67,8 +73,8 @@ class Gate:
 
     def pull(self, flowers: Callable[..., int | None], **given: Any) -> int | None:
         """Do as Flower's ``_pull_and_store_message`` does, with what is allowed."""
-        if not self._alive():
-            raise RuntimeError("the process that starts ClientApps has ended")
+        if not self._apps.can_start():
+            raise RuntimeError(_NO_STARTER)
         self._asked = self._answer = None
         runs: dict[int, Run] = {}
 
@@ -166,17 +172,20 @@ class Gate:
     def _over(self, state: NodeState) -> str | None:
         """Return why no reply will come any more; None as long as one may."""
         tasks = state.get_tasks(run_ids=[self._in_hand().metadata.run_id])
-        if all(task.status.status == Status.FINISHED for task in tasks):
+        stages = {task.status.status for task in tasks}
+        if stages <= {Status.FINISHED}:
             return "the ClientApp ended without a reply"
+        if Status.RUNNING in stages and not self._apps.any_runs():
+            return "the ClientApp died"
         if time.monotonic() > self._deadline:
             return f"no reply within the {self._device.settings.seconds:g} seconds of this device"
-        return None if self._alive() else "the process that starts ClientApps has ended"
+        return None if self._apps.can_start() else _NO_STARTER
 
     def _give_up(self, why: str, state: NodeState, store: ObjectStore) -> Message:
         """End whatever works on the message in hand, and return an error reply."""
         asked = self._in_hand().metadata
         self._say(f"gave up a {asked.message_type} message: {why}")
-        self._end_apps()
+        self._apps.end()
         for task in state.get_tasks(run_ids=[asked.run_id]):
             # Else Flower takes it for lost a minute later, and fails what is then in hand.
             if task.status.status != Status.FINISHED:
@@ -188,50 +197,26 @@ class Gate:
         self, reply: Message, contents: dict[str, bytes], state: NodeState, store: ObjectStore
     ) -> Message:
         """Return the reply if it may leave, and an error reply otherwise."""
+        # Imported now: an idle node does without torch.
+        from fedsys.deployment.examining import examine
+
         asked = self._in_hand().metadata
         try:
             with closed():
                 policy, terms = self._policy(), self._terms[asked.run_id]
                 if not reply.has_error():
-                    self._examine(reply, contents, policy, terms)
-                    self._say(
-                        f"run {terms.run}: sending {sum(map(len, contents.values()))} bytes in"
-                        f" answer to {asked.message_type}"
-                    )
+                    examine(reply, contents, asked, terms, policy, self._device.ledger)
+                    size = sum(map(len, contents.values()))
+                    self._say(f"run {terms.run}: {size} bytes leave, to {asked.message_type}")
                     return reply
                 private = policy.privacy != "none" or level_of(terms.settings) != "none"
                 code, reason = reply.error.code, told(reply.error.reason, private)
         except Refused as refusal:
             code, reason = refusal.code, str(refusal)
-        self._say(f"run {asked.run_id:x}: sending an error: {reason}")
+        self._say(f"an error leaves, to {asked.message_type}: {reason}")
         _drop(reply, state, store)
         code = code if code in _CODES else ErrorCode.UNKNOWN
         return self._error(state, store, code, reason)
-
-    def _examine(
-        self, reply: Message, contents: dict[str, bytes], policy: Policy, terms: Terms
-    ) -> None:
-        """Raise ``Refused`` unless the reply may leave."""
-        # Imported now: an idle node does without torch.
-        from fedsys.deployment.facts import Asked, facts_of
-
-        said, asked = reply.metadata, self._in_hand().metadata
-        if (said.message_type, said.group_id) != (asked.message_type, asked.group_id):
-            raise Refused(["the reply is not marked as one to the message"])
-        size = sum(map(len, contents.values()))
-        message = inflate_object_from_contents(said.message_id, dict(contents))
-        if not isinstance(message, Message) or not message.has_content():
-            raise Refused(["the reply holds nothing that could be judged"])
-        about = Asked(
-            kind=asked.message_type,
-            level=level_of(terms.settings),
-            run=terms.run,
-            round=int(asked.group_id) if asked.group_id.isdecimal() else None,
-            summed=_is_summed(terms.settings),
-        )
-        facts = facts_of(message, about, size, self._device.ledger)
-        if reasons := [*terms.reasons(policy), *policy.of_reply(facts)]:
-            raise Refused(reasons)
 
     # ---- both
 
@@ -270,11 +255,6 @@ class _Judging:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
-
-
-def _is_summed(settings: Mapping[str, Any]) -> bool:
-    secagg = settings.get("secagg")
-    return isinstance(secagg, Mapping) and secagg.get("_target_") is not None
 
 
 def _answers(reply: Message, asked: Message) -> bool:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from fedsys.deployment.device import Device
 from fedsys.deployment.disclosure import disclosure
@@ -132,16 +133,17 @@ class Supervisor:
                 text=True,
                 start_new_session=True,
             )
+        listener = threading.Thread(target=_listen, args=(child.stdout, ending), daemon=True)
+        listener.start()
         try:
             if self._stop.is_set():  # since it was looked at last
                 self._end()
-            for line in child.stdout or ():
-                _hear(line, ending)
             ending.code = child.wait()
         finally:
             self._child = None
-            kill_group(child.pid)
+            kill_group(child.pid)  # whoever is left of it, and may still hold its output
             child.wait()
+            listener.join()
         return ending.trouble(self.log)
 
     @contextmanager
@@ -171,6 +173,13 @@ class Supervisor:
             late = threading.Timer(_GRACE, kill_group, [child.pid])
             late.daemon = True
             late.start()
+
+
+def _listen(output: IO[str], ending: Ending) -> None:
+    """Hear a node until nobody holds its output any more."""
+    with output:
+        for line in output:
+            _hear(line, ending)
 
 
 def _hear(line: str, ending: Ending) -> None:

@@ -107,16 +107,11 @@ def serve(device: Device, keys: "Keys | None", heard: "Heard") -> None:
     logging.getLogger("flwr").addHandler(heard)
     port = device.settings.port or _free_port()
     secret = device.state / "flwr" / "superexec.secret"
-    superexec = _superexec(device, port, secret)
+    apps = Superexec(device, port, secret)
     add_exit_handler(lambda: kill(descendants(os.getpid())))
     states = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
     _start_api(states, secret.read_bytes(), port)
-    gate = Gate(
-        device,
-        say=partial(heard.write, HEARD),
-        alive=lambda: superexec.poll() is None,
-        end_apps=lambda: kill(descendants(superexec.pid)),
-    )
+    gate = Gate(device, apps, partial(heard.write, HEARD))
     vars(loop).update(
         _pull_and_store_message=partial(gate.pull, loop._pull_and_store_message),
         _push_messages=partial(gate.push, loop._push_messages),
@@ -135,20 +130,34 @@ def serve(device: Device, keys: "Keys | None", heard: "Heard") -> None:
     )
 
 
-def _superexec(device: Device, port: int, secret: Path) -> "subprocess.Popen[bytes]":
-    """Start what starts ClientApps, within the limits of the device."""
-    secret.parent.mkdir(parents=True, exist_ok=True)
-    secret.unlink(missing_ok=True)
-    with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(secrets.token_bytes(32))
-    command = ["flower-superexec", "--insecure", "--runtime-api-address", f"{HOST}:{port}"]
-    command += ["--superexec-auth-secret-file", str(secret), "--parent-pid", str(os.getpid())]
-    started = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    if device.settings.memory_mb is not None:
-        # Of what a process writes to. Its address space is far larger, with a GPU above all.
-        limit = int(device.settings.memory_mb * 2**20)
-        resource.prlimit(started.pid, resource.RLIMIT_DATA, (limit, limit))
-    return started
+class Superexec:
+    """What starts ClientApps, within the limits of the device; see ``fedsys.deployment.gate``."""
+
+    def __init__(self, device: Device, port: int, secret: Path) -> None:
+        """Start it; ``secret`` is the file by which the node at ``port`` knows it."""
+        secret.parent.mkdir(parents=True, exist_ok=True)
+        secret.unlink(missing_ok=True)
+        with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+        command = ["flower-superexec", "--insecure", "--runtime-api-address", f"{HOST}:{port}"]
+        command += ["--superexec-auth-secret-file", str(secret), "--parent-pid", str(os.getpid())]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        if device.settings.memory_mb is not None:
+            # Of what a process writes to. Its address space is far larger, above all with a GPU.
+            limit = int(device.settings.memory_mb * 2**20)
+            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (limit, limit))
+
+    def can_start(self) -> bool:
+        """Return whether it lives."""
+        return self._process.poll() is None
+
+    def any_runs(self) -> bool:
+        """Return whether a ClientApp lives."""
+        return bool(descendants(self._process.pid))
+
+    def end(self) -> None:
+        """End all ClientApps."""
+        kill(descendants(self._process.pid))
 
 
 def _start_api(states: "NodeStateFactory", secret: bytes, port: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Thread
 
 _PROC = Path("/proc")
+_DEAD = (b"Z", b"X")  # states of those whose parents have not noticed
 
 
 def descendants(ancestor: int) -> list[int]:
@@ -49,18 +50,20 @@ def when_orphaned(work: Callable[[], None], parent: int, every: float = 0.25) ->
 
 
 def _parents() -> list[tuple[int, int]]:
-    """Return every process with its parent."""
+    """Return every process with its parent; those are no more that have ended."""
     if not (_PROC / "self" / "stat").exists():  # not Linux
         listed = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+            ["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
         )
-        pairs = [line.split() for line in listed.stdout.splitlines()]
-        return [(int(process), int(parent)) for process, parent in pairs]
+        words = [line.split() for line in listed.stdout.splitlines()]
+        return [(int(w[0]), int(w[1])) for w in words if w[2][:1].encode() not in _DEAD]
     found = []
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 stat = (entry / "stat").read_bytes()
                 # The name stands in brackets and may hold anything, brackets included.
-                found.append((int(entry.name), int(stat.rpartition(b")")[2].split()[1])))
+                state, parent, *_ = stat.rpartition(b")")[2].split()
+                if state not in _DEAD:
+                    found.append((int(entry.name), int(parent)))
     return found

@@ -6,6 +6,7 @@ happens here can end at any time without harm to it, and is the same when it beg
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,7 +76,6 @@ def deploy(experiment: "Experiment", told: Observer) -> "RunResult":
     told.phase("starting the SuperLink")
     try:
         link.start()
-        told.phase(f"submitting the bundle {app.hash}")
         run = _Run(experiment, engine, link, app, told)
         summary = run.complete()
     finally:
@@ -101,6 +101,8 @@ class _Run:
         self.folder = Followed(experiment.out)
         self._settings = {
             "hydra-json": json.dumps(experiment.resolved),
+            "overrides": shlex.join(experiment.overrides),
+            "cwd": str(Path.cwd()),
             "out": str(experiment.out.absolute()),
             "run": id_of(experiment.out) or new_run_id(),
         }
@@ -110,7 +112,7 @@ class _Run:
         """Submit and follow the run until it is complete; return its summary."""
         for attempt in range(1, ATTEMPTS + 1):
             self.folder = Followed(self.experiment.out)
-            run = self.link.submit(self.app, self._settings)
+            run = self._under_way() or self._submit()
             try:
                 status = self._follow(run)
             except BaseException:
@@ -126,6 +128,18 @@ class _Run:
             f"the ServerApp was killed {ATTEMPTS} times; is there enough memory? What it has done"
             f" is kept in {self.experiment.out}"
         )
+
+    def _submit(self) -> int:
+        self.told.phase(f"submitting the bundle {self.app.hash}")
+        return self.link.submit(self.app, self._settings)
+
+    def _under_way(self) -> int | None:
+        """Return the run in this folder that an earlier ``serve`` has left; None if none is."""
+        out = self._settings["out"]
+        found = [run for run, folder in self.link.unfinished().items() if folder == out]
+        if found:
+            self.told.phase("the run is under way; following it")
+        return found[0] if found else None
 
     def _follow(self, run: int) -> RunStatus:
         """Show the run until Flower says that it is over."""
@@ -224,10 +238,10 @@ def _advice(devices: Devices, needed: int) -> str:
 def _leave(link: SuperLink, keep: bool) -> None:
     """End the SuperLink, unless it is to be kept or somebody else's run is on it."""
     try:
-        others = [] if keep else link.unfinished()
+        others = 0 if keep else len(link.unfinished())
     except (OSError, RunError):
-        others = []
+        others = 0
     if others:
-        log.warning("%d other runs are under way: the SuperLink is left running", len(others))
+        log.warning("%d other runs are under way: the SuperLink is left running", others)
     elif not keep:
         link.stop()

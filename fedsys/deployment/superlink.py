@@ -134,8 +134,8 @@ class SuperLink:
         """Return how a run stands; raises ``OSError`` while the SuperLink does not answer."""
         return self._control.status(run)
 
-    def unfinished(self) -> list[int]:
-        """Return the runs that are not over."""
+    def unfinished(self) -> dict[int, str]:
+        """Return the runs that are not over, each with its folder."""
         return self._control.unfinished()
 
     def stop_run(self, run: int) -> None:

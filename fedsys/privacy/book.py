@@ -60,6 +60,12 @@ class Book:
         return figures
 
 
+def bound(books: Sequence[Book]) -> Book:
+    """Return ledgers of different clients as one, which has no head of its own."""
+    steps = [step for book in books for step in book.steps]
+    return Book({0: GENESIS}, sum(book.length for book in books), "one a client", steps)
+
+
 def worst(steps: Sequence[Step]) -> Figure:
     """Return the largest epsilon of ``steps``, at least one, which have one delta."""
     spent = {place: step.spent for place, step in enumerate(steps)}

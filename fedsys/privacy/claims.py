@@ -44,6 +44,19 @@ class Claims:
         return (Path(str(named)) if named else self.folder / "ledger") / FILE
 
     @property
+    def apart(self) -> list[Path]:
+        """The ledgers of clients that keep one each, where they can be seen from here."""
+        return sorted(self.ledger.parent.glob(f"*/{FILE}"))
+
+    @property
+    def far(self) -> bool:
+        """Whether clients were in processes of their own, which keep the ledgers."""
+        privacy = self.summary.get("privacy")
+        protected = str(privacy.get("protected")) if isinstance(privacy, dict) else ""
+        elsewhere = self.summary.get("engine") in ("ray", "deployment")
+        return elsewhere and protected.startswith("one record")
+
+    @property
     def last(self) -> int:
         """The last round of ``metrics.jsonl``; 0 where there is none."""
         return self.lines[-1].round if self.lines else 0
@@ -84,7 +97,9 @@ class Claims:
         said = {"summary.json": self.summary} if self.summary else {}
         for path in sorted(self.folder.glob("checkpoints/round_*/checkpoint.json")):
             said[path.parent.name] = self._object(path)
-        anchors = {}
+        anchors: dict[str, Head] = {}
+        if self.far:
+            return {}
         for name, content in said.items():
             try:
                 anchors[name] = Head.of(content.get("ledger"))

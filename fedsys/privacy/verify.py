@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from fedsys.errors import LedgerError
-from fedsys.privacy.book import Book, Figure, Step, open_book, worst
+from fedsys.privacy.book import Book, Figure, Step, bound, open_book, worst
 from fedsys.privacy.claims import Claims
 
 _TOLERANCE = 1e-6  # relative: another version of the accountant may round otherwise
 _SHOWN = 5  # problems of one kind
+_NOWHERE = "there is no ledger, so nothing was private or is proved"
+_ON_DEVICES = (
+    "the ledgers are on the devices, and so is the proof; `fedsys join FOLDER --dry-run` shows there"
+    " what was spent"
+)
 
 
 @dataclass
@@ -54,9 +59,12 @@ def verify(folder: Path) -> Report:
     path, anchored = claims.ledger, {anchor.length for anchor in claims.anchors.values()}
     report.fact("ledger", str(path))
     try:
-        book = open_book(path, claims.run, anchored)
+        if claims.far and claims.apart:
+            book = bound([open_book(apart, claims.run, ()) for apart in claims.apart])
+        else:
+            book = open_book(path, claims.run, anchored)
     except FileNotFoundError:
-        report.problems.append(f"{path}: there is no ledger, so nothing was private or is proved")
+        report.problems.append(f"{path}: {_ON_DEVICES if claims.far else _NOWHERE}")
         return report
     except (LedgerError, OSError) as error:
         report.problems.append(str(error))
@@ -69,6 +77,9 @@ def verify(folder: Path) -> Report:
 
 
 def _check_anchors(book: Book, claims: Claims, report: Report) -> None:
+    if claims.far:
+        report.fact("anchored in", "nothing: every client keeps its own ledger")
+        return
     if not claims.anchors:
         report.problems.append(
             "neither summary.json nor a checkpoint knows the head of the ledger: nobody would see"

@@ -1,0 +1,376 @@
+"""Replies spoiled in a hundred thousand ways: none but ``ClientFailure``, and a mean of the others."""
+
+import random
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedsys import checks, messages
+from fedsys.arrays import tensor_of
+from fedsys.compression import Blocks
+from fedsys.engines.local import LocalGrid
+from fedsys.errors import ClientFailure
+from fedsys.params import Params
+from fedsys.rounds import Round
+from fedsys.session import Session
+from fedsys.update import Update
+from strategies import FedAvg
+from tests.fuzzing import Judged, Numbers, Read, Scene, Spoiler, fresh, speakable
+from tests.runs import app_of, client_of, federation_of, play
+from tests.secagg import travelled
+from tests.stock_app.toy import app_of as toy_app
+from tests.stock_app.toy import reply_of
+
+MEGABYTES = 50  # of memory that malformed replies of a few kilobytes may take, whatever they claim
+LocalGrid(ClientApp(), 1)  # Flower refuses to make messages outside an engine
+
+
+class Witness(LocalGrid):
+    """Keeps the last replies of each kind, as they arrive over a wire."""
+
+    def __init__(self, app: ClientApp, num_clients: int) -> None:
+        super().__init__(app, num_clients)
+        self.seen: dict[str, dict[int, Message]] = {}
+
+    def stream(self, messages: Iterable[Message], timeout: float = 0.0) -> Iterator[Message]:
+        for reply in super().stream(messages, timeout):
+            reply.content = travelled(reply.content)
+            self.seen.setdefault(reply.metadata.message_type, {})[client_of(reply)] = reply
+            yield reply
+
+
+@dataclass
+class Stage:
+    """A scene, and the server's side of it."""
+
+    scene: Scene
+    begin: Callable[[], Round]
+    combine: Callable[[list[Update]], Params]
+    expect: Callable[[list[Judged]], Numbers]  # the direction of what the judge lets through
+    shapes: dict[str, tuple[int, ...]]  # of the direction
+    whole: bool = False  # numbers, which come as int64
+    spent: dict[int, Any] = field(default_factory=dict)
+
+
+def stage_of(name: str, *overrides: str, read: Callable[[Session], Read]) -> Stage:
+    """Play two rounds and keep what the server had and got in the second."""
+    federation = federation_of(Path(mkdtemp()), *overrides)
+    grid = Witness(app_of(federation), 5)
+    session = (
+        play_private(federation, grid)
+        if "privacy=sample" in overrides
+        else play(federation, grid).session
+    )
+    return staged(name, session, grid, read(session))
+
+
+def play_private(federation: Any, grid: LocalGrid) -> Session:
+    from fedsys.protection import protected
+
+    with protected(federation, clients_here=True):
+        return play(federation, grid).session
+
+
+def staged(name: str, session: Session, grid: Witness, read: Read) -> Stage:
+    now, strategy, codec = session.round, session.strategy, session.codec
+    private = now.spent is not None
+    replies = list(grid.seen["train"].values())
+    nodes = {node: client for client, node in now.nodes.items()}
+    names = tuple(replies[0].content["arrays"])
+    scene = Scene(name, now.index, nodes, replies, read, now.basis, private, names)
+    spent: dict[int, Any] = {}
+
+    def begin() -> Round:
+        spent.clear()
+        box = spent if private else None
+        return Round(now.index, now.nodes, now.sent, now.layout, now.basis, now.decode, (), box)
+
+    def combine(updates: list[Update]) -> Params:
+        if codec is not None and codec.merges:
+            return codec.merge(updates, codec.start(session.now.params, 5), 5)[0]
+        return strategy.combine(iter(updates), session.now.state)[0]
+
+    def expect(judged: list[Judged]) -> Numbers:
+        total = sum(weight(j) * j.delta.astype(np.float64) for j in judged)
+        if codec is not None and codec.merges:
+            return total / 5
+        return total if whole else total / sum(map(weight, judged))
+
+    def weight(judged: Judged) -> float:
+        return float(judged.examples) if strategy.weighting == "examples" else 1.0
+
+    whole = type(strategy).__name__ == "FRL"
+    shapes = {n: tuple(p.shape) for n, p in session.now.params.items()}
+    return Stage(scene, begin, combine, expect, shapes, whole, spent)
+
+
+# ---- what replies mean, read by hand
+
+
+def packed_of(session: Session) -> Read:
+    """One vector, of which x_t is subtracted."""
+    start = tensor_of(session.round.sent["packed"]).numpy()
+
+    def read(arrays: dict[str, Numbers]) -> Numbers | None:
+        value = arrays.get("packed")
+        if list(arrays) != ["packed"] or value.shape != start.shape or value.dtype != start.dtype:
+            return None
+        return value - start
+
+    return read
+
+
+def named_of(session: Session) -> Read:
+    """Arrays by name; whole numbers differ in float64."""
+    start = {name: tensor_of(array).numpy() for name, array in session.round.sent.items()}
+
+    def read(arrays: dict[str, Numbers]) -> Numbers | None:
+        if arrays.keys() != start.keys():
+            return None
+        parts = []
+        for name, begin in start.items():
+            value = arrays[name]
+            if value.shape != begin.shape or value.dtype != begin.dtype:
+                return None
+            if value.dtype.kind != "f":
+                value, begin = value.astype(np.float64), begin.astype(np.float64)
+            parts.append((value - begin).reshape(-1).astype(np.float64))
+        return np.concatenate(parts)
+
+    return read
+
+
+def blocks_of(session: Session) -> list[int]:
+    blocks: Blocks = session.codec._blocks  # type: ignore[union-attr]
+    return list(blocks.sizes)
+
+
+def bits_of(data: Numbers, bits: int, count: int) -> list[int] | None:
+    """Return ``count`` numbers of ``bits`` bits, most significant first."""
+    if data.dtype != np.uint8 or data.shape != (-(-count * bits // 8),):
+        return None
+    number, total = int.from_bytes(data.tobytes(), "big"), 8 * len(data)
+    return [(number >> (total - (k + 1) * bits)) & ((1 << bits) - 1) for k in range(count)]
+
+
+def topk_of(session: Session) -> Read:
+    """K values of each tensor, and their rising places."""
+    sizes = blocks_of(session)
+    d, counts = sum(sizes), [max(1, round(0.1 * size)) for size in sizes]
+    ends = np.cumsum(sizes).tolist()
+
+    def read(arrays: dict[str, Numbers]) -> Numbers | None:
+        if arrays.keys() != {"values", "indices"}:
+            return None
+        values, places = (
+            arrays["values"],
+            bits_of(arrays["indices"], (d - 1).bit_length(), sum(counts)),
+        )
+        if places is None or values.dtype != np.float32 or values.shape != (sum(counts),):
+            return None
+        if any(b <= a for a, b in zip(places, places[1:], strict=False)) or places[-1] >= d:
+            return None
+        below = [sum(place < end for place in places) for end in ends]
+        if below != np.cumsum(counts).tolist():
+            return None
+        delta = np.zeros(d, np.float32)
+        delta[places] = values
+        return delta
+
+    return read
+
+
+def int8_of(session: Session) -> Read:
+    """Whole steps, and the step of each tensor."""
+    sizes = blocks_of(session)
+
+    def read(arrays: dict[str, Numbers]) -> Numbers | None:
+        if arrays.keys() != {"codes", "scales"}:
+            return None
+        codes, scales = arrays["codes"], arrays["scales"]
+        if codes.dtype != np.int8 or codes.shape != (sum(sizes),) or (codes == -128).any():
+            return None
+        if scales.dtype != np.float32 or scales.shape != (len(sizes),) or (scales < 0).any():
+            return None
+        return codes * scales.repeat(sizes)
+
+    return read
+
+
+def ranking_of(session: Session) -> Read:
+    """The ids of each layer's edges, least important first; the update is their places."""
+    edges = [p.numel() for p in session.now.params.values()]
+    sizes = [-(-n * (n - 1).bit_length() // 8) for n in edges]
+
+    def read(arrays: dict[str, Numbers]) -> Numbers | None:
+        data = arrays.get("rankings")
+        if list(arrays) != ["rankings"] or data.dtype != np.uint8 or data.shape != (sum(sizes),):
+            return None
+        places, at = [], 0
+        for n, size in zip(edges, sizes, strict=True):
+            ids = bits_of(data[at : at + size], (n - 1).bit_length(), n)
+            at += size
+            if sorted(ids) != list(range(n)):
+                return None
+            places.append(np.argsort(ids))
+        return np.concatenate(places)
+
+    return read
+
+
+# ---- the stages
+
+FEDAVG = ("strategy=fedavg", "evaluate.clients=true")
+ECONTROL = ("strategy=econtrol", "adapter=full", "compression=topk_econtrol")
+PRIVATE = (
+    "privacy=sample",
+    "privacy.noise_multiplier=1",
+    "strategy=fedavg",
+    "data.public_fraction=0",
+)
+STAGES: dict[str, Callable[[], Stage]] = {
+    "fedavg": lambda: stage_of("fedavg", *FEDAVG, read=packed_of),
+    "fed_sb": lambda: stage_of("fed_sb", "adapter.rank=3", read=packed_of),
+    "econtrol": lambda: stage_of("econtrol", *ECONTROL, read=topk_of),
+    "int8": lambda: stage_of("int8", "strategy=fedavg", "compression=int8", read=int8_of),
+    "frl": lambda: stage_of("frl", "strategy=frl", "adapter=supermask", read=ranking_of),
+    "private": lambda: stage_of("private", *PRIVATE, read=packed_of),
+    "foreign": lambda: foreign(),
+}
+
+
+@cache
+def stage(name: str) -> Stage:
+    return STAGES[name]()
+
+
+def foreign() -> Stage:
+    """Arrays of every dtype, by name, of an app that knows nothing of fedsys."""
+    start = {
+        "w": torch.randn(3, 2, generator=torch.Generator().manual_seed(0)),
+        "double": torch.linspace(-1, 1, 5, dtype=torch.float64),
+        "half": torch.linspace(-1, 1, 4).half(),
+        "steps": torch.tensor(7),
+        "codes": torch.arange(6, dtype=torch.uint8),
+        "mask": torch.tensor([True, False, True]),
+    }
+
+    def answer(message: Message, context: Context) -> RecordDict:
+        client = client_of_asked(message)
+        state = message.content["arrays"].to_torch_state_dict()
+        moved = {n: v + client if v.is_floating_point() else v for n, v in state.items()}
+        return reply_of(moved, client + 1, train_loss=float(client))
+
+    grid, strategy = Witness(toy_app(answer), 5), FedAvg()
+    strategy.start(grid, messages.encode(start), 2)
+    session = strategy._session
+    assert session is not None
+    return staged("foreign", session, grid, named_of(session))
+
+
+def client_of_asked(message: Message) -> int:
+    return message.metadata.dst_node_id - 2
+
+
+# ---- a round of spoiled replies
+
+
+def fuzz(it: Stage, count: int, seed: str) -> Spoiler:
+    """Send ``count`` spoiled replies through rounds of five, and check each round."""
+    rng = random.Random(f"fuzz/{it.scene.name}/{seed}")
+    spoiler = Spoiler(it.scene, rng)
+    while count > 0:
+        spoiled = set(rng.sample(range(5), rng.randint(1, 5)))
+        count -= len(spoiled)
+        arrived = [
+            spoiler.spoil(reply) if n in spoiled else reply
+            for n, reply in enumerate(it.scene.replies)
+        ]
+        if rng.random() < 0.05:
+            arrived.append(fresh(rng.choice(arrived)))
+        rng.shuffle(arrived)
+        check_round(it, arrived)
+    return spoiler
+
+
+def check_round(it: Stage, arrived: list[Message]) -> None:
+    current, failures = it.begin(), list[ClientFailure]()
+    updates = list(current.updates(arrived, failures.append))
+    current.close(failures.append)
+    judged = judge(it.scene, arrived)
+    used = {update.client for update in updates}
+    must = {client for client, j in judged.items() if j.delta is not None and j.certain}
+    may = {client for client, j in judged.items() if j.delta is not None}
+    assert must <= used <= may
+    assert [u.client for u in updates] == sorted(used) == current.answered
+    for update in updates:
+        assert update.num_examples == judged[update.client].examples
+    assert all(speakable(f.reason) for f in failures if f.client >= 0)
+    assert {f.client for f in failures} >= set(it.scene.clients.values()) - used
+    check_totals(current)
+    if it.scene.private:
+        assert used <= it.spent.keys()
+    if updates:
+        check_direction(it, it.combine(updates), [judged[client] for client in sorted(used)])
+
+
+def judge(scene: Scene, arrived: list[Message]) -> dict[int, Judged]:
+    """Judge the first reply of each client that is of this round."""
+    judged: dict[int, Judged] = {}
+    for reply in arrived:
+        client = scene.clients.get(reply.metadata.src_node_id)
+        if client is None or reply.metadata.group_id not in (str(scene.round), ""):
+            continue
+        if client not in judged:
+            judged[client] = scene.judge(reply)
+    return judged
+
+
+def check_totals(current: Round) -> None:
+    """The means of the metrics are finite, and the bytes a count."""
+    if current.answered:
+        means = {n: v for n, v in current.train_metrics().items() if n != "num-examples"}
+        assert all(-checks.LARGEST <= value <= checks.LARGEST for value in means.values())
+    assert current.bytes_up >= 0
+
+
+def check_direction(it: Stage, direction: Params, judged: list[Judged]) -> None:
+    assert {n: tuple(v.shape) for n, v in direction.items()} == it.shapes
+    wanted_dtype = torch.int64 if it.whole else torch.float64
+    assert {v.dtype for v in direction.values()} == {wanted_dtype}
+    flat = torch.cat([v.reshape(-1) for v in direction.values()]).numpy()
+    assert np.isfinite(flat).all()
+    largest = max(float(np.abs(j.delta.astype(np.float64)).max()) for j in judged)
+    np.testing.assert_allclose(flat, it.expect(judged), rtol=1e-9, atol=1e-12 * largest)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_judge_reads_what_clients_really_send(name: str) -> None:
+    it = stage(name)
+    assert len(it.scene.replies) == 5
+    check_round(it, it.scene.replies)
+    assert all(it.scene.judge(reply).delta is not None for reply in it.scene.replies)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_spoiled_replies_are_refused_and_the_others_count(name: str) -> None:
+    it = stage(name)
+    fuzz(it, 20, "warm")
+    tracemalloc.start()
+    try:
+        spoiler = fuzz(it, 280, "fast")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < MEGABYTES * 2**20
+    assert len(spoiler.counts) >= 15
