@@ -1,6 +1,8 @@
 """A real deployment on loopback: a server home, devices that join, and runs that are served."""
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +21,8 @@ from fedsys.deployment.bundle import bundle
 from fedsys.deployment.enrolment import enrol
 from fedsys.deployment.superlink import stop
 from fedsys.json_lines import JsonLines
+from fedsys.privacy.entries import Entry
+from fedsys.privacy.ledger import read
 
 FEDSYS = (sys.executable, "-m", "fedsys")
 OPEN = {"privacy": "none", "max_epsilon": None, "min_examples": 1, "evaluate": True}
@@ -49,6 +53,15 @@ def tensors(run: Path, round: int) -> dict[str, torch.Tensor]:
 def same_bits(left: Path, right: Path, round: int) -> bool:
     a, b = tensors(left, round), tensors(right, round)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_params(left: Path, right: Path, round: int) -> bool:
+    """Return whether two runs have the same model, whatever else they remember."""
+    a, b = (
+        {name: value for name, value in tensors(run, round).items() if name.startswith("params/")}
+        for run in (left, right)
+    )
+    return bool(a) and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -114,7 +127,10 @@ class Loopback:
                     [*FEDSYS, "join", str(self.folder / name)],
                     stdout=log,
                     stderr=log,
-                    env=os.environ | ENVIRONMENT | environment,
+                    env=os.environ
+                    | ENVIRONMENT
+                    | {"MISBEHAVE": str(self.folder / name / "misbehave")}
+                    | environment,
                     cwd=self.folder,
                 )
 
@@ -148,13 +164,37 @@ class Loopback:
 
     def pids(self, name: str, what: str) -> list[int]:
         """Return the processes of a device whose command line has ``what``."""
-        return [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdecimal()
-            and what in _command(entry)
-            and f"FLWR_HOME={self.folder / name / 'state' / 'flwr'}" in _environment(entry)
-        ]
+        return _running(self.folder / name / "state" / "flwr", what)
+
+    def server_pids(self, what: str) -> list[int]:
+        """Return the processes of the server whose command line has ``what``."""
+        return _running(self.home / "flwr", what)
+
+    # ---- of devices that misbehave, see ``tests.misbehaving``
+
+    def teach(self) -> str:
+        """Make the module known here, and return its name, for ``modules`` and ``allow``."""
+        shutil.copy(Path(__file__).with_name("misbehaving.py"), self.folder)
+        return "misbehaving"
+
+    def tell(self, name: str, round: int, word: str) -> Path:
+        """Have a device misbehave in a round; until the file that is returned is deleted."""
+        folder = self.folder / name / "misbehave"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{round}.there").unlink(missing_ok=True)
+        (folder / str(round)).write_text(word)
+        return folder / str(round)
+
+    def await_there(self, *names: str, round: int) -> None:
+        """Wait until devices have come to where they misbehave."""
+        there = [self.folder / name / "misbehave" / f"{round}.there" for name in names]
+        wait_for(f"{names} in round {round}", lambda: all(path.exists() for path in there))
+
+    def entries(self, name: str, run: Path) -> list[Entry]:
+        """Return what a device has entered in its ledger for a run."""
+        id = json.loads((run / "env.json").read_text())["run"]
+        found = read(self.folder / name / "state" / "ledger")
+        return [entry for entry in found if entry.run == id]
 
     def close(self) -> None:
         """End everything."""
@@ -165,6 +205,17 @@ class Loopback:
             self.leave(name)
         if self.home.exists():
             stop(self.home)
+
+
+def _running(home: Path, what: str) -> list[int]:
+    """Return the processes below one FLWR_HOME whose command line has ``what``."""
+    return [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal()
+        and what in _command(entry)
+        and f"FLWR_HOME={home}" in _environment(entry)
+    ]
 
 
 def _command(process: Path) -> str:

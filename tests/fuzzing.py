@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_children_ids_from_object_content,
@@ -20,6 +21,7 @@ from numpy.lib import format as npy
 
 LARGEST = float(np.finfo(np.float32).max)
 Numbers = np.ndarray[Any, Any]
+Way = Callable[["Spoiler", Message], Message]
 Read = Callable[[dict[str, Numbers]], Numbers | None]  # arrays -> the update (d,); None: malformed
 
 
@@ -58,7 +60,7 @@ class Scene:
         records = list(reply.content.values())
         arrays = [r for r in records if isinstance(r, ArrayRecord)]
         metrics = [r for r in records if isinstance(r, MetricRecord)]
-        examples = _examples(metrics[0]) if len(metrics) == 1 else 0
+        examples = count_of(metrics[0]) if len(metrics) == 1 else 0
         said = reply.content.get("reply", {})
         if len(arrays) != 1 or not examples or said.get("basis", "") != self.basis:
             return REFUSED
@@ -96,7 +98,7 @@ def loaded(array: Array) -> tuple[Numbers | None, bool]:
     return value, buffer.getvalue() == array.data
 
 
-def _examples(metrics: MetricRecord) -> int:
+def count_of(metrics: MetricRecord) -> int:
     """Return the number of examples; 0 where these metrics are none."""
     count = metrics.get("num-examples")
     if type(count) not in (int, float) or not 1 <= count <= 2**53 or count != int(count):
@@ -131,13 +133,14 @@ class Spoiler:
 
     scene: Scene
     rng: Random
+    ways: tuple[Way, ...] = ()  # (): all
     counts: dict[str, int] = field(default_factory=dict)  # how often each way was taken
 
     def spoil(self, reply: Message) -> Message:
         """Return a changed copy of ``reply``, in one to three ways."""
         spoiled = fresh(reply)
         for _ in range(self.rng.choice((1, 1, 1, 2, 3))):
-            way = self.rng.choice(WAYS)
+            way = self.rng.choice(self.ways or WAYS)
             self.counts[way.__name__] = self.counts.get(way.__name__, 0) + 1
             spoiled = way(self, spoiled)
         return spoiled
@@ -148,11 +151,18 @@ class Spoiler:
 
     def arrays(self, reply: Message) -> ArrayRecord | None:
         """Return some arrays of a reply."""
-        return self._some(reply, ArrayRecord)
+        found: ArrayRecord | None = self._some(reply, ArrayRecord)
+        return found
 
     def metrics(self, reply: Message) -> MetricRecord | None:
         """Return some metrics of a reply."""
-        return self._some(reply, MetricRecord)
+        found: MetricRecord | None = self._some(reply, MetricRecord)
+        return found
+
+    def config(self, reply: Message) -> ConfigRecord | None:
+        """Return some settings in a reply."""
+        found: ConfigRecord | None = self._some(reply, ConfigRecord)
+        return found
 
     def _some(self, reply: Message, kind: type) -> Any:
         if not reply.has_content():
@@ -259,8 +269,8 @@ def reshape(it: Spoiler, reply: Message) -> Message:
 
 
 def retype(it: Spoiler, reply: Message) -> Message:
-    kinds = ["f2", "f4", "f8", "g", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "c8", ">f4",
-             "S4", "U3", "M8[s]", "V5"]  # fmt: skip
+    kinds = ["f2", "f4", "f8", "g", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "c8",
+             ">f4", "S4", "U3", "M8[s]", "V5"]  # fmt: skip
     return _with_value(it, reply, lambda value: value.astype(it.rng.choice(kinds)))
 
 
@@ -310,9 +320,10 @@ def put_values(it: Spoiler, reply: Message) -> Message:
     return _with_value(it, reply, change)
 
 
-HEADERS = ["(1000000000000,)", "(4611686018427387904, 4611686018427387904)", "(0, 4611686018427387904)",
-           "(-1,)", "()", "(1,)", f"({'1, ' * 70})", f"({'9' * 5000},)", f"({'0, ' * 70})",
-           "(3, 2)", "(None,)", "(1.0,)", "(True,)", "(2**60,)"]  # fmt: skip
+HUGE = 2**62
+HEADERS = ["(1000000000000,)", f"({HUGE}, {HUGE})", f"(0, {HUGE})", "(-1,)", "()", "(1,)",
+           f"({'1, ' * 70})", f"({'9' * 5000},)", f"({'0, ' * 70})", "(3, 2)", "(None,)", "(1.0,)",
+           "(True,)", "(2**60,)"]  # fmt: skip
 KINDS = [
     "<f4",
     "|O",
@@ -439,12 +450,24 @@ def say(it: Spoiler, reply: Message) -> Message:
         spent[it.rng.randrange(len(spent))] = it.rng.choice(number)
     else:
         spent = it.rng.choice([[], [1.0], [1.0, 0.5, 1.0] * 300, [1.0, 0.5, 3.0], "x", None, 7,
-                               [0.3, 1e-300, 2.0**31], [1.0, 0.5, 1e6] * 2, ArrayRecord()])  # fmt: skip
+                               [0.3, 1e-300, 2.0**31], [1.0, 0.5, 1e6] * 2])  # fmt: skip
     values: list[Any] = ["", "0" * 64, "x" * 10_000, 7, 1.5, True, b"", None, ["a"]]
     if it.rng.random() < 0.5:
         _force(record, "spent", spent)
     else:
         _force(record, "basis", it.rng.choice(values))
+    return reply
+
+
+def unsay(it: Spoiler, reply: Message) -> Message:
+    """Drop what is said in settings, or say it in another type or length."""
+    if (record := it.config(reply)) is not None and len(record):
+        name = it.pick(record)
+        value = record.pop(name)
+        longer = value * 2 if isinstance(value, bytes | str | list) else -1
+        values: list[Any] = [longer, b"", [], [b""], [b"x"] * 3, [0, 0], [-1], [True], "x", 7, None]
+        if it.rng.random() < 0.7:
+            _force(record, name, it.rng.choice(values))
     return reply
 
 
@@ -476,8 +499,9 @@ def misaddress(it: Spoiler, reply: Message) -> Message:
     return reply
 
 
-REASONS = ["", None, "no data", "x" * 10**6, "\n" * 10**5, "a\n" * 10**5, "\x1b[31mred\x1b[0m", "\ud800",
-           "\x1b]0;title\x07", "\x00", "PrivacyBudgetExceeded: all", "é" * 10_000, "  "]  # fmt: skip
+REASONS = ["", None, "no data", "x" * 10**6, "\n" * 10**5, "a\n" * 10**5, "\x1b[31mred\x1b[0m",
+           "\ud800", "\x1b]0;title\x07", "\x00", "PrivacyBudgetExceeded: all", "é" * 10_000,
+           "  "]  # fmt: skip
 
 
 def fail(it: Spoiler, reply: Message) -> Message:
@@ -516,19 +540,18 @@ def flip_in_transit(it: Spoiler, reply: Message) -> Message:
     return drop_record(it, reply)
 
 
-CLASSES = {"RecordDict": RecordDict, "ArrayRecord": ArrayRecord, "MetricRecord": MetricRecord,
-           "ConfigRecord": ConfigRecord, "Array": Array}  # fmt: skip
+CLASSES: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (RecordDict, ArrayRecord, MetricRecord, ConfigRecord, Array, ArrayChunk)
+}
 
 
 def _inflated(objects: dict[str, bytes], whole: str) -> RecordDict:
     """Build content as Flower does, from objects whose ids are not checked."""
-    from flwr.app.message.arraychunk import ArrayChunk
-
-    kinds = CLASSES | {"ArrayChunk": ArrayChunk}
     built: dict[str, Any] = {}
     for name, data in objects.items():  # children come before their parents
         children = {i: built[i] for i in get_object_children_ids_from_object_content(data)}
-        built[name] = kinds[get_object_type_from_object_content(data)].inflate(data, children)
+        built[name] = CLASSES[get_object_type_from_object_content(data)].inflate(data, children)
     content = built[whole]
     if not isinstance(content, RecordDict):
         raise TypeError("no content")
@@ -539,6 +562,9 @@ WAYS = (drop_record, rename_record, double_record, add_record, drop_array, renam
         reshape, retype, put_number, put_number, put_values, put_values, claim, claim, reframe,
         flip_bytes, flip_bytes, miscount, miscount, other_metric, say, say, misaddress, fail,
         flip_in_transit, flip_in_transit)  # fmt: skip
+# Ways in which a reply of secure aggregation cannot pass for another that is as good.
+COARSE = (drop_record, rename_record, add_record, drop_array, reshape, retype, claim, reframe,
+          unsay, unsay, unsay, miscount, other_metric, misaddress, fail)  # fmt: skip
 
 
 def speakable(text: str) -> bool:
