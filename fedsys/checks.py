@@ -108,8 +108,9 @@ def read_metrics(record: MetricRecord) -> dict[str, float]:
     """
     count = record.get(NUM_EXAMPLES)
     # Compared and not converted: NaN fails, and so does an int too large for a float.
-    known = isinstance(count, int | float) and not isinstance(count, bool)
-    if not known or not 1 <= count <= MAX_EXAMPLES or count % 1:
+    if isinstance(count, bool) or not isinstance(count, int | float):
+        raise ValueError(f"{NUM_EXAMPLES} must be a whole number, got {count!r:.40}")
+    if not 1 <= count <= MAX_EXAMPLES or count % 1:
         raise ValueError(f"{NUM_EXAMPLES} must be a whole number from 1 to 2^53, got {count!r:.40}")
     metrics = {n: value for n, value in record.items() if isinstance(value, int | float)}
     for name, value in metrics.items():
@@ -124,7 +125,7 @@ def content_of(reply: Message) -> RecordDict:
         # Ray's reason is a coloured traceback; its last line says what happened.
         end = (reply.error.reason or "").rstrip()[-20 * _LONGEST :]
         lines = _COLOUR.sub("", end).strip().splitlines()
-        raise ValueError(_legible(lines[-1]) if lines else f"error code {reply.error.code}")
+        raise ValueError(legible(lines[-1]) if lines else f"error code {reply.error.code}")
     return reply.content
 
 
@@ -172,10 +173,10 @@ def _blaming(client: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, OverflowError) as error:
-        raise ClientFailure(client, _legible(str(error))) from error
+        raise ClientFailure(client, legible(str(error))) from error
 
 
-def _legible(text: str) -> str:
+def legible(text: str) -> str:
     """Return the beginning of ``text`` in one line, without what a terminal or UTF-8 trips over."""
     words = " ".join(text[: 2 * _LONGEST].split())[:_LONGEST]
     return words if words.isprintable() else "".join(c if c.isprintable() else "?" for c in words)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 1000  # to draw a cohort that may be used
 _ROLL_CALL = 60.0  # seconds for nodes to say who they are
+_POLICY = "policy:"  # so begins what a device says that does not take part
 
 Cohort = dict[int, int]  # client -> its node
 
@@ -36,6 +37,7 @@ class Invitations:
     def __init__(self, strategy: "Strategy", grid: Grid) -> None:
         """Wait until enough clients are connected, and number them."""
         self._strategy, self._grid = strategy, grid
+        self._refusals: dict[int, str] = {}  # of nodes whose site policy forbids the run
         self.resume([])
 
     def online(self) -> Online:
@@ -48,10 +50,11 @@ class Invitations:
             online = self.registry.online(nodes)
             if len(online.clients) >= strategy.min_clients:
                 return online
-            if time.monotonic() >= deadline:
+            refused = [self._refusals[node] for node in nodes if node in self._refusals]
+            if time.monotonic() >= deadline or len(nodes) - len(refused) < strategy.min_clients:
                 raise RunError(
                     f"{len(nodes)} nodes are connected, and of the {strategy.min_clients} clients"
-                    f" needed {len(online.clients)} have said who they are"
+                    f" needed {len(online.clients)} take part{''.join(f'; {r}' for r in refused)}"
                 )
             time.sleep(1.0)
 
@@ -111,12 +114,18 @@ class Invitations:
         """Return which partition each of ``nodes`` says it holds, of those that say it."""
         calls = [Message(RecordDict(), node, "query.whoami") for node in nodes]
         claims: dict[int, int] = {}
-        for reply in self._grid.send_and_receive(calls, timeout=_ROLL_CALL):
-            node = reply.metadata.src_node_id
+        replies = list(self._grid.send_and_receive(calls, timeout=_ROLL_CALL))
+        # An error may come from the server in a node's stead.
+        asked = {call.metadata.message_id: call.metadata.dst_node_id for call in calls}
+        for reply in replies:
+            node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
             try:
                 claims[node] = _partition(reply)
+                self._refusals.pop(node, None)
             except ValueError as reason:
                 log.warning("node %d does not say who it is: %s", node, reason)
+                if str(reason).startswith(_POLICY):
+                    self._refusals[node] = str(reason)
         return claims
 
     def _generator(self, server_round: int, *attempt: int) -> np.random.Generator:

@@ -53,6 +53,7 @@ class Round:
         self.failures: list[ClientFailure] = []
         self.discarded = ""  # why all that was answered is of no use
         self.bytes_up = self.bytes_down = self.bytes_init = 0
+        self._kind = ""  # of the messages
         self._outgoing: list[Message] = []
         self._examples = 0
         self._totals: dict[str, float] = {}  # metric -> sum of examples * value
@@ -62,7 +63,7 @@ class Round:
     def address(self, kind: str, contents: Iterable[tuple[int, RecordDict]]) -> list[Message]:
         """Return one message of ``kind`` to each (client, content), counting bytes."""
         sizes: dict[int, tuple[int, int]] = {}
-        group = str(self.index)
+        group, self._kind = str(self.index), kind
         for client, content in contents:
             if id(content) not in sizes:
                 sizes[id(content)] = _sizes(content)
@@ -220,6 +221,9 @@ class Round:
             elif reply.metadata.group_id not in (str(self.index), ""):
                 reason = f"answered round {reply.metadata.group_id!r:.40} in round {self.index}"
                 self.exclude(ClientFailure(client, reason), excluded)
+            elif self._kind and reply.metadata.message_type != self._kind:
+                reason = f"answered a {reply.metadata.message_type:.40} message, not {self._kind}"
+                self.exclude(ClientFailure(client, checks.legible(reason)), excluded)
             elif client in self._heard:
                 self.exclude(ClientFailure(client, "answered twice"), excluded)
             else:
@@ -249,7 +253,8 @@ class Round:
     def _note_spent(self, client: int, reply: Message) -> None:
         """Note what a private client has spent, whether or not its reply can be used."""
         if self.spent is not None and reply.has_content():
-            self.spent[client] = checks.read_spent(reply, client)
+            before = self.spent.get(client, ())
+            self.spent[client] = checks.read_spent(reply, client, before)
 
     def _note(self, metrics: dict[str, float], num_examples: int) -> None:
         self._examples += num_examples
@@ -287,5 +292,5 @@ def _sizes(content: RecordDict) -> tuple[int, int]:
 
 
 def _stranger(reply: Message) -> str:
-    reason = f": {reply.error.reason}" if reply.has_error() else ""
+    reason = f": {checks.legible(reply.error.reason or '')}" if reply.has_error() else ""
     return f"node {reply.metadata.src_node_id} was not asked in this round{reason}"

@@ -23,6 +23,7 @@ from fedsys.deployment.superlink import stop
 from fedsys.json_lines import JsonLines
 from fedsys.privacy.entries import Entry
 from fedsys.privacy.ledger import read
+from tests.cable import Cable
 
 FEDSYS = (sys.executable, "-m", "fedsys")
 OPEN = {"privacy": "none", "max_epsilon": None, "min_examples": 1, "evaluate": True}
@@ -95,6 +96,9 @@ class Loopback:
     modules: Sequence[str] = ()
     joined: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
     served: list[Served] = field(default_factory=list)
+    cables: dict[str, Cable] = field(
+        default_factory=dict
+    )  # of devices that are not called directly
 
     @property
     def home(self) -> Path:
@@ -121,6 +125,7 @@ class Loopback:
     def join(self, *names: str, **environment: str) -> None:
         """Have devices take part until ``close`` or ``leave``."""
         for name in names:
+            (self.folder / name / "misbehave").mkdir(exist_ok=True)
             log = (self.folder / f"{name}.log").open("ab")
             with log:
                 self.joined[name] = subprocess.Popen(
@@ -180,15 +185,19 @@ class Loopback:
     def tell(self, name: str, round: int, word: str) -> Path:
         """Have a device misbehave in a round; until the file that is returned is deleted."""
         folder = self.folder / name / "misbehave"
-        folder.mkdir(exist_ok=True)
         (folder / f"{round}.there").unlink(missing_ok=True)
         (folder / str(round)).write_text(word)
         return folder / str(round)
 
-    def await_there(self, *names: str, round: int) -> None:
+    def await_there(self, served: Served, *names: str, round: int) -> None:
         """Wait until devices have come to where they misbehave."""
         there = [self.folder / name / "misbehave" / f"{round}.there" for name in names]
-        wait_for(f"{names} in round {round}", lambda: all(path.exists() for path in there))
+
+        def all_there() -> bool:
+            assert served.process.poll() is None, served.said
+            return all(path.exists() for path in there)
+
+        wait_for(f"{names} in round {round}", all_there, 240)
 
     def entries(self, name: str, run: Path) -> list[Entry]:
         """Return what a device has entered in its ledger for a run."""

@@ -104,7 +104,7 @@ def test_its_commands_lead_to_a_finished_private_run(folder: Path) -> None:
     assert 0 < summary["epsilon"] <= 4
     assert (folder / "runs" / "clinics" / "report.html").is_file()
     for name in DEVICES:
-        assert "in answer to train" in told[name]
+        assert "leave, to train" in told[name]
         ledger = folder / name / "state" / "ledger" / "ledger.jsonl"
         entries = [json.loads(line) for line in ledger.read_text().splitlines()]
         assert [entry["round"] for entry in entries] == [1, 2]

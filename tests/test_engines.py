@@ -12,7 +12,7 @@ from tests.runs import comparable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-COMMON = ("num_clients=3", "rounds=2", "client.steps=2", "engine.threads=1", "timeout=120")
+COMMON = ("num_clients=3", "rounds=2", "client.steps=2", "engine.threads=1", "timeout=600")
 METHODS = {
     "fed_sb": ("strategy=fed_sb", "participation.cohort=2"),
     "fedau": ("strategy=fedau", "participation=bernoulli", "participation.rate=0.8"),

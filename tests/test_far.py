@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 from clients.frozen import Frozen, FrozenStore
 from fedsys import experiment as experiments
 from fedsys import far
 from fedsys.config import Experiment
 from fedsys.console import Silent
+from fedsys.engines.local import LocalGrid
+from fedsys.errors import RunError
 from fedsys.experiment import run_experiment, run_federation
 from fedsys.far import FarClients, Place
 from fedsys.federation import assemble
@@ -109,9 +111,8 @@ def test_a_roll_call_loads_nothing() -> None:
     def refuse(_: Context) -> Any:
         raise AssertionError("asked for settings or a place")
 
-    app = FarClients(refuse, refuse).app()
-    context = Context(1, 7, {"partition-id": 4}, RecordDict(), {})
-    reply = app(Message(RecordDict(), 7, "query.whoami"), context)
+    grid = LocalGrid(FarClients(refuse, refuse).app(), 5)
+    (reply,) = grid.send_and_receive([Message(RecordDict(), 6, "query.whoami")])
     assert reply.content["metrics"]["partition-id"] == 4
 
 
@@ -139,3 +140,22 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert store.get("a") is None
+
+
+class Forbidding(Scattered):
+    """Two of three devices do not take part, and say so."""
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        refusal = Error(5, "policy: privacy is sample at least, and the run has none")
+        for message, reply in zip(messages, super().send_and_receive(messages), strict=True):
+            refused = message.metadata.dst_node_id > 26
+            yield Message(refusal, reply_to=message) if refused else reply
+
+
+def test_devices_whose_policy_forbids_the_run_end_it_at_once(tmp_path: Path) -> None:
+    experiment = replace(experiment_of(*THREE, *SMALL), out=tmp_path / "run")
+    settings = json.dumps(experiment.resolved, default=str)
+    clients = FarClients(lambda _: settings, lambda c: alone(c, experiment, tmp_path))
+    grid = Forbidding(clients.app(), {40 - n * 7: n for n in range(3)})
+    with pytest.raises(RunError, match="of the 3 clients needed 1 take part; policy: privacy is"):
+        run_federation(assemble(experiment), grid, {}, Silent(), engine="ray", run=RUN)

@@ -548,16 +548,13 @@ def test_a_policy_tightened_while_a_client_works_holds_for_its_reply(
     node: Node, server: Server
 ) -> None:
     entered(node)
-    for text in ("max_bytes", "nonsense"):
+    for changes in ({"max_bytes": "10"}, {"strategies": "[FedAU]"}, {"nonsense": "1"}):
         node.permit()
         server.ask()
         node.pull()
         node.give(private_reply()(node.take()))
         node.finish()
-        if text == "max_bytes":
-            node.permit(max_bytes="10")
-        else:
-            node.device_policy.write_text("nonsense\n")
+        node.permit(**changes)
         node.push()
         assert server.sent[-1].has_error()
     assert no_array_left(server)

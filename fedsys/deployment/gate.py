@@ -33,12 +33,14 @@ from fedsys.deployment.disclosure import LAST_RUN
 from fedsys.deployment.policy import Policy, PolicyError, level_of
 from fedsys.deployment.terms import Refused, Terms, closed, terms_of
 from fedsys.deployment.told import told
+from fedsys.deployment.unanswered import Unanswered
 from fedsys.json_lines import strict, write_whole
 
 log = logging.getLogger(__name__)
 
 _UNUSABLE = "policy.yaml of this device cannot be used, so nothing runs on it"
 _NO_STARTER = "the process that starts ClientApps has ended"
+_RESTARTED = "the device was restarted before it had answered"
 _POLL = 0.25  # seconds
 _CODES = range(9)  # of Flower's errors
 
@@ -68,6 +70,8 @@ class Gate:
         self._asked: Message | None = None  # the message in hand
         self._answer: Message | None = None  # to it, where no ClientApp is to answer
         self._deadline = 0.0
+        self._unanswered = Unanswered(device.state)
+        self._left = self._unanswered.left()  # in the hands of the node before this one
 
     # ---- in
 
@@ -76,12 +80,20 @@ class Gate:
         if not self._apps.can_start():
             raise RuntimeError(_NO_STARTER)
         self._asked = self._answer = None
+        if (left := self._left) is not None:
+            self._asked, self._left = left, None
+            self._say(f"to a {left.metadata.message_type} message: {_RESTARTED}")
+            self._answer = self._error(
+                given["state"], given["object_store"], ErrorCode.CLIENT_APP_CRASHED, _RESTARTED
+            )
+            return left.metadata.run_id
         runs: dict[int, Run] = {}
 
         def receive() -> tuple[Message, ObjectTree] | None:
             received: tuple[Message, ObjectTree] | None = given["receive"]()
             if received is not None:
                 self._asked = received[0]
+                self._unanswered.note(received[0])
                 self._admit(received[0])
             return received
 
@@ -97,7 +109,9 @@ class Gate:
         try:
             run_id = flowers(**given | {"receive": receive, "get_run": get_run, "get_fab": get_fab})
         except Refused as refusal:
-            return self._refuse(refusal, given)
+            run_id = self._refuse(refusal, given)
+        if run_id is None and self._asked is not None:  # its run is over
+            self._unanswered.forget()
         self._deadline = time.monotonic() + self._device.settings.seconds
         return run_id
 
@@ -147,6 +161,7 @@ class Gate:
         judging = _Judging(given["state"], lambda: [self._reply(given["state"], store)])
         store: ObjectStore = given["object_store"]
         flowers(**given | {"state": judging})
+        self._unanswered.forget()
 
     def _reply(self, state: NodeState, store: ObjectStore) -> Message:
         """Wait for the reply to the message in hand, and return it or what is sent instead."""

@@ -53,8 +53,10 @@ def _shaken(line: socket.socket, server: str, host: str, authority: Path) -> Tro
             return None
     except ssl.SSLCertVerificationError as error:
         return _distrusted(error, server, host, authority)
+    except ssl.SSLEOFError:
+        return Trouble(f"{server} takes a connection and ends it; is the server behind it running?")
     except ssl.SSLError as error:
-        if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNEXPECTED_EOF_WHILE_READING"):
+        if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
             return Trouble(f"{server} does not speak TLS, without which this device does not speak")
         return Trouble(f"{server} and this device find no common TLS: {error.reason}")
 
