@@ -222,7 +222,9 @@ class Round:
                 reason = f"answered round {reply.metadata.group_id!r:.40} in round {self.index}"
                 self.exclude(ClientFailure(client, reason), excluded)
             elif self._kind and reply.metadata.message_type != self._kind:
-                reason = f"answered a {reply.metadata.message_type:.40} message, not {self._kind}"
+                reason = (
+                    f"answered {reply.metadata.message_type!r:.40}, and was asked to {self._kind}"
+                )
                 self.exclude(ClientFailure(client, checks.legible(reason)), excluded)
             elif client in self._heard:
                 self.exclude(ClientFailure(client, "answered twice"), excluded)

@@ -61,6 +61,15 @@ def test_who_never_answers_is_named():
     assert failures == {(0, "no reply before the deadline"), (7, "no reply before the deadline")}
 
 
+def test_an_answer_to_another_kind_of_message_does_not_count():
+    current, sent = begun()
+    late = answer(sent[3])
+    late.metadata.__dict__["_message_type"] = "evaluate"
+    updates, failures = used(current, [answer(sent[0]), late, answer(sent[7])])
+    assert [u.client for u in updates] == [0, 7]
+    assert (3, "answered 'evaluate', and was asked to train") in failures
+
+
 def test_the_first_of_two_answers_counts():
     current, sent = begun()
     replies = [answer(sent[0], 1.0), answer(sent[0], 9.0), answer(sent[3]), answer(sent[7])]

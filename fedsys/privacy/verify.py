@@ -21,8 +21,8 @@ _TOLERANCE = 1e-6  # relative: another version of the accountant may round other
 _SHOWN = 5  # problems of one kind
 _NOWHERE = "there is no ledger, so nothing was private or is proved"
 _ON_DEVICES = (
-    "the ledgers are on the devices, and so is the proof; `fedsys join FOLDER --dry-run` shows there"
-    " what was spent"
+    "the ledgers are on the devices, and so is the proof: there, `fedsys join FOLDER --dry-run`"
+    " shows what was spent"
 )
 
 
