@@ -35,6 +35,8 @@ def misbehaving(train: Callable[..., Any], folder: Path) -> Callable[..., Any]:
         file = folder / str(round_of(messages[0]))
         word = file.read_text() if file.exists() else ""
         replies = train(self, messages, contexts) if word == "hold" else [None]
+        if word not in ("wait", "hold"):
+            file.unlink(missing_ok=True)
         file.with_suffix(".there").touch()
         match word:
             case "nothing":

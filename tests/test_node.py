@@ -1,6 +1,8 @@
 """The policy around Flower's own loop: what is refused is not started, and does not leave."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from flwr.supernode.nodestate import NodeState, NodeStateFactory
 from flwr.supernode.start_client_internal import _pull_and_store_message, _push_messages
 
 from fedsys.config import build, compose
+from fedsys.deployment import apart, examining, gate
 from fedsys.deployment.bundle import bundle
 from fedsys.deployment.device import Device
 from fedsys.deployment.disclosure import LAST_RUN, disclosure
@@ -71,6 +74,12 @@ RELEASE = Release(2.0, 0.05, 100)
 @pytest.fixture(scope="module")
 def composed() -> dict[str, Any]:
     return build(compose(["privacy=sample", "privacy.epsilon=3", "privacy.delta=1e-6"])).resolved
+
+
+@pytest.fixture(autouse=True)
+def _examined_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare most tests the seconds that a process of its own takes."""
+    monkeypatch.setattr(gate, "examine", examining.examine)
 
 
 @pytest.fixture(autouse=True)
@@ -338,6 +347,38 @@ def test_what_is_allowed_leaves_as_it_is(node: Node, server: Server) -> None:
     assert received["metrics"] == MetricRecord({"num-examples": 60})
     assert len(server.sent) == 1
     assert len(server.confirmed) == 1
+
+
+def test_a_process_of_its_own_judges_the_same(
+    node: Node, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "examine", apart.examine)
+    entered(node)
+    node.answer(private_reply())
+    assert server.received.has_content()
+    entered(node, {}, release=Release(0.6, 0.5, 500), run="before")
+    node.answer(private_reply())
+    assert "epsilon" in server.sent[-1].error.reason
+
+
+def test_when_that_process_fails_nothing_leaves(
+    node: Node, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "examine", apart.examine)
+    monkeypatch.setattr(apart.sys, "executable", "/bin/false")
+    entered(node)
+    node.answer(private_reply())
+    assert server.sent[-1].error.reason == "policy: it cannot be judged"
+
+
+def test_a_node_that_waits_has_not_loaded_torch() -> None:
+    heavy = "'torch', 'scipy', 'hydra', 'transformers', 'ray', 'matplotlib'"
+    code = (
+        "import sys, fedsys.deployment.node, fedsys.deployment.gate, fedsys.deployment.join\n"
+        f"print([name for name in ({heavy}) if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_ledger_is_read_while_a_client_holds_it(node: Node, server: Server) -> None:

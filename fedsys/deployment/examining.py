@@ -12,27 +12,26 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 from fedsys.deployment.facts import Asked, facts_of
 from fedsys.deployment.policy import Policy, level_of
-from fedsys.deployment.terms import Refused, Terms
+from fedsys.deployment.terms import Terms
 
 
 def examine(
-    reply: Message,
+    said: Metadata,
     contents: Mapping[str, bytes],
     asked: Metadata,
     terms: Terms,
     policy: Policy,
     ledger: Path,
-) -> None:
-    """Raise ``Refused`` unless a reply to ``asked`` may leave.
+) -> list[str]:
+    """Return why a reply to ``asked``, which has the metadata ``said``, may not leave.
 
     ``contents`` are all the bytes of it that would be sent, by Flower's ids.
     """
-    said = reply.metadata
     if (said.message_type, said.group_id) != (asked.message_type, asked.group_id):
-        raise Refused(["the reply is not marked as one to the message"])
+        return ["the reply is not marked as one to the message"]
     message = inflate_object_from_contents(said.message_id, dict(contents))
     if not isinstance(message, Message) or not message.has_content():
-        raise Refused(["the reply holds nothing that could be judged"])
+        return ["the reply holds nothing that could be judged"]
     about = Asked(
         kind=asked.message_type,
         level=level_of(terms.settings),
@@ -41,8 +40,7 @@ def examine(
         summed=_is_summed(terms.settings),
     )
     facts = facts_of(message, about, sum(map(len, contents.values())), ledger)
-    if reasons := [*terms.reasons(policy), *policy.of_reply(facts)]:
-        raise Refused(reasons)
+    return [*terms.reasons(policy), *policy.of_reply(facts)]
 
 
 def _is_summed(settings: Mapping[str, Any]) -> bool:

@@ -28,6 +28,7 @@ from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode.nodestate import NodeState
 from flwr.supernode.start_client_internal import _insert_message
 
+from fedsys.deployment.apart import examine
 from fedsys.deployment.device import Device
 from fedsys.deployment.disclosure import LAST_RUN
 from fedsys.deployment.policy import Policy, PolicyError, level_of
@@ -71,7 +72,7 @@ class Gate:
         self._answer: Message | None = None  # to it, where no ClientApp is to answer
         self._deadline = 0.0
         self._unanswered = Unanswered(device.state)
-        self._left = self._unanswered.left()  # in the hands of the node before this one
+        self._connected = False
 
     # ---- in
 
@@ -80,13 +81,10 @@ class Gate:
         if not self._apps.can_start():
             raise RuntimeError(_NO_STARTER)
         self._asked = self._answer = None
-        if (left := self._left) is not None:
-            self._asked, self._left = left, None
-            self._say(f"to a {left.metadata.message_type} message: {_RESTARTED}")
-            self._answer = self._error(
-                given["state"], given["object_store"], ErrorCode.CLIENT_APP_CRASHED, _RESTARTED
-            )
-            return left.metadata.run_id
+        if not self._connected:
+            self._connected = True
+            if (left := self._unanswered.left()) is not None:
+                return self._answer_for_another(left, given)
         runs: dict[int, Run] = {}
 
         def receive() -> tuple[Message, ObjectTree] | None:
@@ -114,6 +112,15 @@ class Gate:
             self._unanswered.forget()
         self._deadline = time.monotonic() + self._device.settings.seconds
         return run_id
+
+    def _answer_for_another(self, left: Message, given: Mapping[str, Any]) -> int:
+        """Answer a message that was in the hands of the node before this one."""
+        self._asked = left
+        self._say(f"to a {left.metadata.message_type} message: {_RESTARTED}")
+        self._answer = self._error(
+            given["state"], given["object_store"], ErrorCode.CLIENT_APP_CRASHED, _RESTARTED
+        )
+        return left.metadata.run_id
 
     def _admit(self, message: Message) -> None:
         """Raise ``Refused`` unless the message may be answered, as far as its run is known."""
@@ -212,15 +219,14 @@ class Gate:
         self, reply: Message, contents: dict[str, bytes], state: NodeState, store: ObjectStore
     ) -> Message:
         """Return the reply if it may leave, and an error reply otherwise."""
-        # Imported now: an idle node does without torch.
-        from fedsys.deployment.examining import examine
-
         asked = self._in_hand().metadata
         try:
             with closed():
                 policy, terms = self._policy(), self._terms[asked.run_id]
                 if not reply.has_error():
-                    examine(reply, contents, asked, terms, policy, self._device.ledger)
+                    said, ledger = reply.metadata, self._device.ledger
+                    if reasons := examine(said, contents, asked, terms, policy, ledger):
+                        raise Refused(reasons)
                     size = sum(map(len, contents.values()))
                     self._say(f"run {terms.run}: {size} bytes leave, to {asked.message_type}")
                     return reply

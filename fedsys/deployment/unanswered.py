@@ -42,11 +42,9 @@ class Unanswered:
             self._path.unlink(missing_ok=True)
 
     def left(self) -> Message | None:
-        """Return the message that an earlier process has left, once; None where it left none."""
+        """Return the message that an earlier process has left; None where it left none."""
         try:
-            content = self._path.read_bytes()
-            self.forget()
-            message = message_from_proto(Proto.FromString(content))
+            message = message_from_proto(Proto.FromString(self._path.read_bytes()))
         except FileNotFoundError:
             return None
         except Exception:  # torn, in which case nothing can be done
