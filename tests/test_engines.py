@@ -1,10 +1,12 @@
 """One configuration, three engines, one seed: the same bits, on real Ray and a real SuperLink."""
 
+import csv
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fedsys.experiment import run
 from tests.deployed import FEDSYS, Loopback, lines, same_bits
@@ -54,3 +56,68 @@ def test_devices_train_to_the_same_bits(local: Path, deployment: Loopback) -> No
     assert served.wait() == 0, served.said
     assert same_bits(served.run, local, 2)
     assert comparable(lines(served.run)) == comparable(lines(local))
+
+
+TEXT = (
+    "num_clients=3",
+    "participation.cohort=3",
+    "rounds=2",
+    "model=hf_classifier",
+    "model.pooling=mean",
+    "data=text",
+    "data.text=text",
+    "data.label=label",
+    "data.classes=[0,1]",
+    "data.max_length=32",
+    "adapter.rank=8",
+    "adapter.init=seeded_random",
+    "adapter.targets=[layer.5.attention.self.query,layer.5.attention.self.value]",
+    "client.optimizer=adamw",
+    "client.lr=0.03",
+    "client.batch_size=32",
+    "client.epochs=1",
+    "privacy=sample",
+    "privacy.epsilon=8",
+    "privacy.delta=1e-4",
+    "privacy.reproducible=true",
+    "engine.threads=1",
+    "timeout=600",
+)
+
+
+def test_private_rows_that_only_devices_have_train_a_language_model_to_the_same_bits(
+    deployment: Loopback, tmp_path: Path
+) -> None:
+    """Noise comes from the seed here, so that there are bits to compare."""
+    everybody = []
+    for number, name in enumerate(deployment.joined):
+        texts = [(f"{name} {row} {'good' if row % 2 else 'bad'}", row % 2) for row in range(64)]
+        write_table(deployment.folder / name / "rows.csv", texts)
+        deployment.settle(name, data="rows.csv")
+        everybody += texts
+        assert (
+            number
+            == yaml.safe_load((deployment.folder / name / "device.yaml").read_text())["number"]
+        )
+    for name in list(deployment.joined):
+        deployment.leave(name)
+        deployment.join(name)
+    write_table(tmp_path / "all.csv", everybody)
+    write_table(tmp_path / "public.csv", everybody[:40])
+    out = tmp_path / "local"
+    evaluated = f"data.eval_path={tmp_path / 'public.csv'}"
+    here = (f"data.path={tmp_path / 'all.csv'}", evaluated, "partition=contiguous")
+    run([*TEXT, *here, "engine.chunk=1", f"out={out}"])
+    there = (f"data.path={tmp_path / 'public.csv'}", evaluated, "partition=on_devices")
+    served = deployment.serve("text", *TEXT, *there)
+    assert served.wait(800) == 0, served.said
+    assert same_bits(served.run, out, 2)
+    for line, other in zip(lines(served.run), lines(out), strict=True):
+        assert line["eval_accuracy"] == other["eval_accuracy"]
+        assert line["epsilon"] == other["epsilon"]
+        assert line["failures"] == 0
+
+
+def write_table(path: Path, texts: list[tuple[str, int]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *texts])
