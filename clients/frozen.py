@@ -5,6 +5,7 @@ sends factors once and a base by its moves, so what one process was sent the nex
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +59,11 @@ class FrozenStore:
         return self.get(files[0].stem) if files else None
 
     def _files(self) -> list[Path]:
-        found = self._folder.glob("*.safetensors")
-        return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        found = []
+        for path in self._folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # another process has just dropped it
+                found.append((path.stat().st_mtime_ns, path))
+        return [path for _, path in sorted(found, reverse=True)]
 
     def _path(self, basis: str) -> Path:
         return self._folder / f"{basis}.safetensors"

@@ -1,5 +1,6 @@
 """What a process holds for the clients it runs: one model, the data, the settings, the memories."""
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,6 +28,8 @@ from fedsys.params import Layout, Params, chained, digest
 from fedsys.privacy.noise import grid, noised
 from fedsys.secagg import SecureAggregation
 
+_DIGEST = re.compile("[0-9a-f]{64}")
+
 
 @dataclass
 class Site:
@@ -50,6 +53,7 @@ class Site:
     protects: bool = False  # its rows: nothing is trained then without a guard
     guard: Guard | None = None
     data: str = ""  # the data set's name, for the ledger
+    owner_name: str | None = None  # in the ledger; None: by the data set and the client
     secagg: SecureAggregation | None = None  # updates leave for such a sum, or not at all
     hides_failures: bool = False  # an update that is not finite goes into a sum as zeros
     moved: bool = field(default=False, init=False)  # the base of the model, since it was built
@@ -75,6 +79,8 @@ class Site:
         # "" asks for nothing in particular, but for a base as it was at the beginning.
         if basis == self.basis or not (basis or self.moved):
             return
+        if basis and not _DIGEST.fullmatch(basis):  # it is to name a file, too
+            raise ValueError(f"a basis is a digest, and the server names {basis!r:.40}")
         if self.frozen is not None and basis:
             self._recall(self.frozen.get(basis) or self.frozen.newest())
         if basis == self.basis:
@@ -185,7 +191,7 @@ class Site:
                 self._fingerprints[client] = self.examples.subset(rows).fingerprint()
             return self._fingerprints[client]
 
-        name = f"{self.data}#{self.shards.name(client)}"
+        name = self.owner_name or f"{self.data}#{self.shards.name(client)}"
         return Owner(name, self.data, fingerprint, len(rows))
 
 

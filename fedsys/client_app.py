@@ -22,7 +22,9 @@ def place_of(context: Context) -> Place:
     node = context.node_config
     home = node.get("home") or Path.home() / ".fedsys" / f"client-{node['partition-id']}"
     data = str(node["data"]) if "data" in node else None
-    return Place(run, Path(str(home)) / "runs" / run, Path(str(home)) / "ledger", data)
+    # One name for all that is ever spent: what a run calls the rows is up to the server.
+    owner = f"client-{node['partition-id']}"
+    return Place(run, Path(str(home)) / "runs" / run, Path(str(home)) / "ledger", data, owner)
 
 
 app = FarClients(lambda context: composed(context.run_config), place_of).app()

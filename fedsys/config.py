@@ -124,6 +124,8 @@ def _settle(tree: dict[str, Any]) -> None:
             adapter["init"] = "seeded_random"
         else:
             adapter["init"] = "client_sum"
+    if isinstance(home := tree.get("engine", {}).get("home"), str | Path):
+        tree["engine"]["home"] = str(Path(home).absolute())
     if isinstance(ledger := tree.get("privacy", {}).get("ledger"), str):
         # A run is resumed from anywhere, and must find what its clients have spent.
         tree["privacy"]["ledger"] = str(Path(ledger).absolute())

@@ -32,6 +32,7 @@ class Place:
     folder: Path  # of the run: memories, replies, what is frozen
     ledger: Path  # of all runs
     data: str | None = None  # a file of its own, for partition=on_devices
+    owner: str | None = None  # in the ledger, whatever a run calls the rows; None: by the run
 
 
 class FarClients:
@@ -63,8 +64,10 @@ class FarClients:
         if message.metadata.message_type.startswith("query"):
             return call_next(message, context)
         place = self._place(context)
-        federation = _federation(self._settings(context), place.data, partition_of(context))
+        number = 0 if place.data is None else partition_of(context)
+        federation = _federation(self._settings(context), place.data, number)
         site = self._current = federation.site
+        site.owner_name = place.owner
         site.store = DiskStore(place.folder / "clients")
         site.frozen = FrozenStore(place.folder / "frozen")
         with protect_clients(federation, place.run, place.folder, place.ledger) or nullcontext():
@@ -74,6 +77,8 @@ class FarClients:
 @lru_cache(maxsize=2)
 def _federation(settings: str, data: str | None, number: int) -> Federation:
     tree = json.loads(settings)
+    if tree["engine"][TARGET].endswith(".Deployment"):  # how many is up to the device
+        tree["engine"]["threads"] = None
     if tree["participation"][TARGET].endswith(".Trace"):  # a file of the server's
         tree["participation"] = {TARGET: "fedsys.participation.Uniform", "cohort": 1}
     if tree["partition"][TARGET].endswith(".OnDevices"):

@@ -51,7 +51,8 @@ class Invitations:
             if len(online.clients) >= strategy.min_clients:
                 return online
             refused = [self._refusals[node] for node in nodes if node in self._refusals]
-            if time.monotonic() >= deadline or len(nodes) - len(refused) < strategy.min_clients:
+            possible = (strategy.seats or len(nodes)) - len(refused)
+            if time.monotonic() >= deadline or possible < strategy.min_clients:
                 raise RunError(
                     f"{len(nodes)} nodes are connected, and of the {strategy.min_clients} clients"
                     f" needed {len(online.clients)} take part{''.join(f'; {r}' for r in refused)}"

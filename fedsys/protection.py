@@ -9,10 +9,12 @@ from clients.replies import DiskReplies, MemoryReplies
 from fedsys.compose import TARGET, option
 from fedsys.config import Experiment
 from fedsys.data import Shards
+from fedsys.errors import ConfigError
 from fedsys.participation import Participation
 from fedsys.privacy.account import Account, ClientAccount, ServerBook
 from fedsys.privacy.canary_clients import CanaryClients
 from fedsys.privacy.client_level import ClientPrivacy, amplification, expected_cohort
+from fedsys.privacy.entries import FILE
 from fedsys.privacy.ledger import Ledger
 from fedsys.privacy.release import Initialisation, Statement, check_delta
 from fedsys.run_folder import id_of
@@ -98,6 +100,10 @@ def protected(
     ledger = protect_server(federation)
     if ledger is None and clients_here:
         experiment = federation.experiment
+        if any((kept := ledger_folder(experiment)).glob(f"*/{FILE}")):
+            raise ConfigError(
+                [f"privacy.ledger: {kept} holds ledgers of single clients, as on Ray: name another"]
+            )
         ledger = protect_clients(
             federation,
             id_of(experiment.out) or "",

@@ -80,6 +80,7 @@ class Seats(Registry):
     def online(self, connected: Sequence[int]) -> Online:
         """Return who is connected and has a seat, after asking the nodes that are new."""
         here = set(connected)
+        self._claims = {node: seat for node, seat in self._claims.items() if node in here}
         if strangers := sorted(here - self._clients.keys() - self._claims.keys()):
             self._claims |= self._ask(strangers)
         for node in sorted(here & self._claims.keys()):

@@ -6,10 +6,13 @@ which the same clients took part, and every release of a private client is in it
 """
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -21,7 +24,8 @@ from fedsys.json_lines import JsonLines
 from fedsys.participation import Uniform
 from fedsys.privacy.accounting import epsilon, merged
 from tests.cable import Cable
-from tests.deployed import Loopback, Served, lines, same_params
+from tests.deployed import Loopback, Served, lines, same_bits, same_params
+from tests.runs import comparable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -31,7 +35,9 @@ SMALL = (
     *("client.steps=2", "client.batch_size=8", "client.optimizer=sgd", "client.lr=0.1"),
 )
 OWN = ("allow=[misbehaving]", "client._target_=misbehaving.Training")
+# Another seed for each run: a ledger lets no noise be used twice.
 PRIVATE = ("privacy=sample", "privacy.noise_multiplier=1", "privacy.reproducible=true")
+TWO = ("num_clients=2", "timeout=240", *PRIVATE)
 FOUR = ("num_clients=4", "timeout=240", "engine.patience=240")
 NAMES = "abcd"
 EVERYBODY = [0, 1, 2, 3]
@@ -159,7 +165,7 @@ def test_clients_that_misbehave_change_nothing_else(misbehaved: Story, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def broken(deployment: Loopback, misbehaved: Story) -> Story:
+def broken(deployment: Loopback) -> Story:
     """Break three of four devices when they have trained and not yet answered."""
     words = (*SMALL, *OWN, *FOUR, *PRIVATE, "rounds=3")
     story = Story(deployment, deployment.serve("broken", *words))
@@ -204,3 +210,109 @@ def test_what_was_released_in_vain_is_in_the_ledger_and_in_epsilon(broken: Story
     entries = broken.deployment.entries("b", broken.run)
     spent = epsilon(merged(entry.release for entry in entries), entries[0].delta)
     assert lines(broken.run)[-1]["epsilon"] == pytest.approx(spent)
+
+
+# ---- the server's processes
+
+
+@pytest.fixture(scope="module")
+def two(deployment: Loopback) -> Loopback:
+    """Leave two devices of the four, for runs that nothing but the server is to disturb."""
+    for name in "cd":
+        deployment.leave(name)
+    return deployment
+
+
+def test_a_run_outlives_its_superlink(two: Loopback, tmp_path: Path) -> None:
+    words = (*TWO, "rounds=3", "seed=1")
+    story = Story(two, two.serve("superlink", *SMALL, *OWN, *words))
+    held = [two.tell(name, 2, "hold") for name in "ab"]
+    two.await_there(story.served, *"ab", round=2)
+    kill(two.server_pids("guarded superlink"))
+    story.note("killed")
+    for file in held:
+        file.unlink()
+    story.ends()
+    assert "the superlink had died and was started again" in story.served.said
+    undisturbed = alone(tmp_path, *words)
+    assert same_bits(story.run, undisturbed, 3)
+    assert comparable(lines(story.run)) == comparable(lines(undisturbed))
+    for name in "ab":
+        assert story.entered(name) == [1, 2, 3]
+
+
+def test_a_server_that_was_killed_goes_on_from_its_checkpoint(
+    two: Loopback, tmp_path: Path
+) -> None:
+    words = (*TWO, "rounds=3", "seed=2")
+    story = Story(two, two.serve("killed", *SMALL, *OWN, *words))
+    held = [two.tell(name, 2, "hold") for name in "ab"]
+    two.await_there(story.served, *"ab", round=2)
+    kill([story.served.process.pid])
+    kill(two.server_pids("flwr-serverapp") + two.server_pids("guarded superlink"))
+    story.note("killed")
+    for file in held:
+        file.unlink()
+    assert story.served.wait() == -signal.SIGKILL
+    assert len(lines(story.run)) == 2
+    story.served = two.serve("killed", *SMALL, *OWN, *words)
+    story.ends()
+    undisturbed = alone(tmp_path, *words)
+    assert same_bits(story.run, undisturbed, 3)
+    assert comparable(lines(story.run)) == comparable(lines(undisturbed))
+    for name in "ab":  # though round 2 was asked for twice
+        assert story.entered(name) == [1, 2, 3]
+
+
+# ---- a device without space
+
+
+@pytest.fixture
+def full(two: Loopback) -> Iterator[Path]:
+    """Have b begin anew with a small disk; yield a file that fills it as soon as it is written."""
+    two.leave("b")
+    disk = two.folder / "b" / "state"
+    shutil.rmtree(disk)
+    disk.mkdir()
+    mount = ("mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk))
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        two.join("b")
+        yield disk / "filler"
+        two.leave("b")
+    finally:
+        subprocess.run(("umount", "-l", str(disk)), check=True)
+
+
+def test_a_device_whose_disk_is_full_is_left_out_until_there_is_space(
+    two: Loopback, full: Path, tmp_path: Path
+) -> None:
+    words = (*TWO, "rounds=3", "seed=3")
+    story = Story(two, two.serve("full", *SMALL, *OWN, *words))
+    at_2, at_3 = two.tell("b", 2, "wait"), two.tell("b", 3, "wait")
+    two.await_there(story.served, "b", round=2)
+    with suppress(OSError), full.open("wb", buffering=0) as filler:
+        while True:
+            filler.write(b" " * 4096)
+    at_2.unlink()
+    two.await_there(story.served, "b", round=3)
+    full.unlink()
+    at_3.unlink()
+    story.ends()
+    assert story.participants == {1: [0, 1], 2: [0], 3: [0, 1]}
+    assert "No space left on device" in story.reason(1, 2)
+    assert story.entered("b") == [1, 3]
+    assert same_params(story.run, alone(tmp_path, *words, away={2: [1]}), 3)
+
+
+# ---- too few devices
+
+
+def test_a_run_that_lacks_devices_ends_and_says_so(two: Loopback) -> None:
+    if "b" in two.joined:
+        two.leave("b")
+    served = two.serve("few", *SMALL, "num_clients=2", "engine.patience=5")
+    assert served.wait() == 1
+    assert "1 of the 2" in served.said
+    assert not served.run.exists() or len(lines(served.run)) <= 1

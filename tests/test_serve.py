@@ -38,6 +38,7 @@ class Plan:
     rounds: int = 3
     allow: list[str] = field(default_factory=list)
     resolved: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
 
 
 class Watching(Silent):

@@ -215,6 +215,7 @@ def test_what_dies_again_and_again_is_reported_with_its_log(
     monkeypatch.setattr(module.SuperLink, "_start_missing", lambda _: ["superexec"])
     link.superexec.log.parent.mkdir()
     link.superexec.log.write_text("no more memory\n")
+    (tmp_path / "superlink.json").write_text("{}")  # as start leaves it
     for _ in range(module._RESTARTS):
         assert link.watch() == ["superexec"]
     with pytest.raises(RunError, match="no more memory"):

@@ -170,6 +170,8 @@ class Control:
                 return content
         except urllib.error.HTTPError as error:
             with error:
+                if error.code >= 500:  # a hiccup, such as a database that is locked
+                    raise ConnectionError(f"{error.code} in answer to {name}") from None
                 raise RunError(f"the SuperLink refuses {name}: {_reason(error)}") from None
         except http.client.HTTPException as error:
             raise ConnectionError(f"{type(error).__name__} in the answer to {name}") from error

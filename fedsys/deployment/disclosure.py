@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
@@ -17,7 +18,7 @@ LAST_RUN = "last_run.json"  # in state/: what the node let in last
 _DELTA = 1e-5  # where the policy names none
 
 _NEVER = (
-    "rows, their labels, and gradients or losses of single rows",
+    "rows and their labels",
     "the base model, the privacy ledger, device.key, logs",
     "anything in answer to code, settings or messages that the policy does not allow",
 )
@@ -119,6 +120,7 @@ _LAST = {"run": str, "code": str, "settings": dict, "bundled": list}
 
 def _trainable(settings: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], int]] | None:
     """Return shape and bytes of the tensors that a run trains; None where they cannot be told."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
     # Imported now: whoever only joins does without.
     from fedsys.config import build
     from fedsys.federation import assemble

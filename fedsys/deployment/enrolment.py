@@ -245,7 +245,7 @@ def _certified(home: Path, host: str) -> str:
     """Return ``ca.crt``; there is an authority and a certificate for ``host`` afterwards."""
     authority = create_authority(home)
     if server_certificate(home, [host]) and (home / "superlink.json").exists():
-        again = f"`fedsys serve --stop engine.home={home}`, then serve again"
+        again = f"`fedsys serve --stop {home}`, then serve again"
         log.warning(
             "devices can call %s once the server shows its new certificate: %s", host, again
         )

@@ -12,8 +12,8 @@ from fedsys.deployment.policy import Facts, Level
 from fedsys.errors import ClientFailure, LedgerError
 from fedsys.messages import ARRAYS, BASIS, METRICS, NUM_EXAMPLES, REPLY, SPENT
 from fedsys.params import digest
-from fedsys.privacy.accounting import Spent
-from fedsys.privacy.ledger import Entry, Totals, read
+from fedsys.privacy.accounting import Spent, merged
+from fedsys.privacy.ledger import Entry, read
 from fedsys.secagg.rounds import MASKED, SECAGG
 
 _PARTS = {ARRAYS: ArrayRecord, METRICS: MetricRecord, REPLY: ConfigRecord, SECAGG: ConfigRecord}
@@ -86,9 +86,10 @@ def _said(reply: Message) -> Spent | None:
 
 
 def _entered(arrays: ArrayRecord, asked: Asked, ledger: Path) -> tuple[Spent | None, float | None]:
-    """Return all that the client has released whose release ``arrays`` are, and their bound.
+    """Return all that this device has released, and the bound of the release ``arrays`` are.
 
-    None where the ledger has no such release, or several clients have it.
+    Whatever a run calls its client and its rows, they are those of the device. None where the
+    ledger has no such release.
     """
     try:
         entries = read(ledger)  # whoever holds it: it is only ever added to
@@ -96,12 +97,10 @@ def _entered(arrays: ArrayRecord, asked: Asked, ledger: Path) -> tuple[Spent | N
         return None, None
     is_of = _matcher(arrays, asked)
     found = [entry for entry in entries if entry.reply and is_of(entry)]
-    clients, totals = {entry.client for entry in found}, Totals()
-    if len(clients) != 1:
+    if not found:
         return None, None
-    for entry in entries:
-        totals.add(entry.client, entry.release)
-    return totals.spent(clients.pop()), max(entry.clipping_norm for entry in found)
+    spent = merged(entry.release for entry in entries)
+    return spent, max(entry.clipping_norm for entry in found)
 
 
 def _matcher(arrays: ArrayRecord, asked: Asked) -> Callable[[Entry], bool]:

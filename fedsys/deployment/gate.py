@@ -32,7 +32,7 @@ from fedsys.deployment.apart import examine
 from fedsys.deployment.device import Device
 from fedsys.deployment.disclosure import LAST_RUN
 from fedsys.deployment.policy import Policy, PolicyError, level_of
-from fedsys.deployment.terms import Refused, Terms, closed, terms_of
+from fedsys.deployment.terms import Mark, Refused, Terms, closed, of_rows, terms_of
 from fedsys.deployment.told import told
 from fedsys.deployment.unanswered import Unanswered
 from fedsys.json_lines import strict, write_whole
@@ -138,7 +138,8 @@ class Gate:
             if reasons := policy.of_code(code):
                 raise Refused(reasons, ErrorCode.INVALID_FAB)
             terms = terms_of(run, fab.content, code)
-            if reasons := terms.reasons(policy):
+            own = self._device.data is not None
+            if reasons := [*terms.reasons(policy), *of_rows(terms.settings, own)]:
                 raise Refused(reasons)
             self._terms[run.run_id] = terms
             self._device.state.mkdir(parents=True, exist_ok=True)
@@ -224,8 +225,9 @@ class Gate:
             with closed():
                 policy, terms = self._policy(), self._terms[asked.run_id]
                 if not reply.has_error():
-                    said, ledger = reply.metadata, self._device.ledger
-                    if reasons := examine(said, contents, asked, terms, policy, ledger):
+                    marks = Mark.of(reply.metadata), Mark.of(asked)
+                    files = self._device.policy, self._device.ledger
+                    if reasons := examine(marks[0], contents, marks[1], terms, *files):
                         raise Refused(reasons)
                     size = sum(map(len, contents.values()))
                     self._say(f"run {terms.run}: {size} bytes leave, to {asked.message_type}")

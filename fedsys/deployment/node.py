@@ -75,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def environment(device: Device) -> dict[str, str]:
     """Return what the processes of a device find in their environment."""
+    # What this machine's processes say to each other is no business of a proxy's.
+    direct = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"]))
     variables = {
+        "NO_PROXY": direct,
+        "no_proxy": direct,
         "FLWR_HOME": str(device.state / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -68,8 +68,7 @@ def _distrusted(
         return Trouble(
             f"the certificate of {server} is not from the authority that this device trusts"
             f" ({authority.name}); either it is another server, or its authority was made anew:"
-            " enrol the device again",
-            heals=False,
+            " enrol the device again"
         )
     if error.verify_code in (_HOST, _ADDRESS):
         return Trouble(

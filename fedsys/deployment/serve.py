@@ -74,8 +74,8 @@ def deploy(experiment: "Experiment", told: Observer) -> "RunResult":
     app = bundle(experiment.allow)
     link = SuperLink(engine.home, engine.host, engine.port, engine.insecure)
     told.phase("starting the SuperLink")
+    link.start()
     try:
-        link.start()
         run = _Run(experiment, engine, link, app, told)
         summary = run.complete()
     finally:
@@ -239,8 +239,9 @@ def _leave(link: SuperLink, keep: bool) -> None:
     """End the SuperLink, unless it is to be kept or somebody else's run is on it."""
     try:
         others = 0 if keep else len(link.unfinished())
-    except (OSError, RunError):
-        others = 0
+    except (OSError, RunError) as error:
+        log.warning("the SuperLink is left running, since it does not say who needs it: %s", error)
+        return
     if others:
         log.warning("%d other runs are under way: the SuperLink is left running", others)
     elif not keep:

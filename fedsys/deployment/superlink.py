@@ -66,7 +66,8 @@ class SuperLink:
         Raises ``ConfigError`` if it runs at another address, or the address is not to be had, and
         ``RunError`` if it does not come up.
         """
-        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.home.chmod(0o700)  # updates pass through its database
         found = self.superlink.pid() is not None
         if found:
             self._check_address()
@@ -82,6 +83,8 @@ class SuperLink:
 
         To be called every few seconds.
         """
+        if not (self.home / _FILE).exists():
+            raise RunError("the SuperLink was stopped from elsewhere")
         restarted = self._start_missing()
         now = time.monotonic()
         self._restarts += [(kind, now) for kind in restarted]
@@ -97,10 +100,10 @@ class SuperLink:
 
     def stop(self) -> bool:
         """End both processes and every ServerApp; return whether there was anything to end."""
+        (self.home / _FILE).unlink(missing_ok=True)  # so that nobody starts them again
         running = [d for d in (self.superexec, self.superlink) if d.pid() is not None]
         for daemon in running:
             daemon.stop()
-        (self.home / _FILE).unlink(missing_ok=True)
         return bool(running)
 
     # ---- devices
@@ -187,7 +190,7 @@ class SuperLink:
                 [
                     f"engine: the SuperLink of {self.home} runs with host={there.host}"
                     f" port={there.port} insecure={str(there.insecure).lower()}; set the same, or"
-                    f" end it: fedsys serve --stop engine.home={self.home}"
+                    f" end it: fedsys serve --stop {self.home}"
                 ]
             )
 

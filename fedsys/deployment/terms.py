@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple, Self
 
+from flwr.app import Metadata
 from flwr.common.config import get_fab_config, get_fused_config_from_fab, get_metadata_from_config
 from flwr.common.constant import ErrorCode
 from flwr.supercore.constant import TaskType
@@ -46,6 +47,19 @@ class Terms:
         return policy.of_run(self.code, self.settings, self.bundled)
 
 
+class Mark(NamedTuple):
+    """What a message is to be told by."""
+
+    message_id: str
+    kind: str  # its type
+    group: str  # the round
+
+    @classmethod
+    def of(cls, metadata: Metadata) -> Self:
+        """Return the mark of the message that ``metadata`` is of."""
+        return cls(metadata.message_id, metadata.message_type, metadata.group_id)
+
+
 def terms_of(run: Run, content: bytes, code: str) -> Terms:
     """Return the terms of a run; raises ``Refused`` where it does not say what it is."""
     config = get_fab_config(content)
@@ -64,6 +78,23 @@ def terms_of(run: Run, content: bytes, code: str) -> Terms:
     bundled = {name.partition("/")[0].removesuffix(".py") for name in sources}
     name = str(told.get("run", "")) or f"{run.run_id:x}"
     return Terms(name, code, tuple(sorted(bundled)), settings)
+
+
+def of_rows(settings: Mapping[str, Any], own: bool) -> list[str]:
+    """Return why a run may not read what it names; ``own``: the device has named its rows itself.
+
+    Which file is read is up to the operator alone.
+    """
+    data, partition = settings.get("data"), settings.get("partition")
+    target = str(partition.get("_target_")) if isinstance(partition, Mapping) else ""
+    apart = target.rpartition(".")[2] == "OnDevices"
+    if own:
+        only = "this device trains on its own rows only: the run needs partition=on_devices"
+        return [] if apart else [only]
+    if apart:
+        return ["this device has named no rows of its own: data in device.yaml"]
+    files = [key for key in ("path", "eval_path") if isinstance(data, Mapping) and data.get(key)]
+    return [f"the run names files of this device, as data.{key}" for key in files]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ _NUMBER = r"([0-9.e+-]{1,24}|inf)"
 _BUDGET = re.compile(
     rf"PrivacyBudgetExceeded: .*would have spent epsilon {_NUMBER}, above its target {_NUMBER}\b"
 )
-# Said by fedsys and by Flower themselves, and nothing of a client's rows is in them.
+# Said by fedsys, by Flower and by the system, and nothing of a client's rows is in them.
 _HARMLESS = (
     "the client failed, and does not say why",
     "the frozen factors of this client are not those of the server",
@@ -18,6 +18,7 @@ _HARMLESS = (
     "the message is of another secure aggregation than is under way",
     "this client sends its update to a sum only, and the server asks for it",
     "ClientApp stopped responding.",
+    "No space left on device",
     "An exception was raised when attempting to load `ClientApp`",
 )
 

@@ -10,6 +10,7 @@ Private names of Flower's messages are in this file only.
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -29,7 +30,8 @@ class Unanswered:
 
     def note(self, message: Message) -> None:
         """Keep who is to be answered, and not what was said."""
-        bare = Message(RecordDict(), metadata=message.metadata)
+        make: Any = Message  # its signature does not show the metadata
+        bare = make(RecordDict(), metadata=message.metadata)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_bytes(message_to_proto(bare).SerializeToString())

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedsys.engines.deployment import HOME
 from fedsys.errors import ConfigError
-
-_HOME = Path("fedsys-server")
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +30,7 @@ def join_arguments(parser: argparse.ArgumentParser) -> None:
 def enrol_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``fedsys enrol``."""
     parser.add_argument("name", metavar="NAME", help="of the device, such as clinic-a")
-    parser.add_argument("--home", type=Path, default=_HOME, help="of the server (%(default)s)")
+    parser.add_argument("--home", type=Path, default=HOME, help="of the server (%(default)s)")
     parser.add_argument(
         "--server", metavar="HOST:PORT", default="127.0.0.1:8443", help="as the device calls it"
     )
@@ -54,7 +53,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
         stopped = stop(arguments.stop)
         sys.stderr.write("stopped\n" if stopped else f"no SuperLink runs for {arguments.stop}\n")
-        return 0
+        return 0 if stopped else 1
     insecure = ["engine.insecure=true"] if arguments.insecure else []
     overrides = ["engine=deployment", *insecure, *arguments.overrides]
     from fedsys.config import configure

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsys.errors import ClientFailure, ConfigError, RunError
+from fedsys.privacy.entries import FILE
+
 if TYPE_CHECKING:
     from fedsys.config import Experiment
     from fedsys.console import Observer
@@ -66,19 +69,31 @@ class Ray:
 
         settings = json.dumps(experiment.resolved)
         folder, ledgers = experiment.out.absolute(), ledger_folder(experiment).absolute()
+        if (ledgers / FILE).exists():
+            raise ConfigError(
+                [
+                    f"privacy.ledger: {ledgers} is one ledger of all clients, and on Ray"
+                    " each holds its own: name another folder"
+                ]
+            )
         place = partial(_place, run, folder, ledgers)
         observer.phase("starting Ray")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns
         logging.getLogger("flwr").setLevel(logging.ERROR)  # run_simulation is deprecated, not gone
-        run_simulation(
-            server,
-            FarClients(lambda _: settings, place).app(),
-            len(federation.shards),
-            backend_config={
-                "client_resources": {"num_cpus": self.cpus, "num_gpus": self.gpus},
-                "init_args": {"log_to_driver": False, **self._cluster},
-            },
-        )
+        try:
+            run_simulation(
+                server,
+                FarClients(lambda _: settings, place).app(),
+                len(federation.shards),
+                backend_config={
+                    "client_resources": {"num_cpus": self.cpus, "num_gpus": self.gpus},
+                    "init_args": {"log_to_driver": False, **self._cluster},
+                },
+            )
+        except (RunError, ClientFailure):
+            raise
+        except RuntimeError as error:
+            raise RunError(f"Ray: {error.__cause__ or error}") from error
         return results[0]
 
     @property

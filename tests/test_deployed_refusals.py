@@ -1,0 +1,213 @@
+"""Who is refused in a deployment, and what people are told: real processes, with TLS and keys.
+
+One server has two good devices and many that are not. The good ones train; at every other one, or
+at the server, stands why it does not.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from fedsys.deployment import commands, pki
+from fedsys.deployment.enrolment import enrol
+from fedsys.deployment.guarded import SECRET, secret
+from fedsys.deployment.superlink import SuperLink
+from fedsys.json_lines import JsonLines
+from tests.deployed import FEDSYS, Loopback, Served, lines, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SMALL = (
+    *("num_clients=8", "rounds=1", "timeout=240", "strategy=fedavg", "adapter=full"),
+    *("data.limit=200", "model.hidden=[6]", "model.pretrained=false", "client.steps=2"),
+)
+SAMPLE = {"privacy": "sample", "max_epsilon": 3.0, "evaluate": False}
+POLICIES = {
+    "good": {},
+    "fine": {},
+    "bytes": {"max_bytes": 1000},
+    "examples": {"min_examples": 10000},
+    "strategy": {"strategies": ["FedAU"]},
+    "private": SAMPLE,
+    "code": {"code": ["0" * 64]},
+    "stranger": {},
+}
+FLOWER = Path(sys.executable).with_name("flower-supernode")
+
+
+@dataclass
+class Refused:
+    """What was seen."""
+
+    deployment: Loopback
+    first: Served  # with every device
+    second: Served  # a private one, that one of two devices refuses
+    expired: str  # what a device said of the server's old certificate
+    alone: dict[str, tuple[int, str]]  # exit code and output of those that give up at once
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Refused]:
+    loopback = Loopback(tmp_path_factory.mktemp("refusals"))
+    try:
+        for name, policy in POLICIES.items():
+            loopback.enrol(name, **policy)
+        key, _ = pki.device_key()
+        (loopback.folder / "stranger" / "device.key").write_bytes(key)
+        expired = _meet_an_expired_certificate(loopback, "good")
+        first = loopback.serve("first", *SMALL, "engine.min_clients=4", "engine.patience=300")
+        plain = f"127.0.0.1:{loopback.port}"
+        enrol(
+            "plain",
+            loopback.folder / "other",
+            plain,
+            folder=loopback.folder / "plain",
+            insecure=True,
+        )
+        loopback.join("plain", *(name for name in POLICIES if name != "good"))
+        alone = _alone(loopback)
+        assert first.wait() == 0, first.said
+        for name in ("fine", "bytes", "examples", "strategy", "code"):
+            loopback.leave(name)
+        private = ("privacy=sample", "privacy.epsilon=8", "engine.min_clients=2")
+        second = loopback.serve("second", *SMALL, *private)
+        second.wait()
+        yield Refused(loopback, first, second, expired, alone)
+    finally:
+        loopback.close()
+
+
+def _meet_an_expired_certificate(loopback: Loopback, name: str) -> str:
+    """Have a SuperLink show a certificate that has ended; return what a device says of it.
+
+    The device is left waiting: a server that is started with `fedsys serve` renews it.
+    """
+    home, link = loopback.home, SuperLink(loopback.home, port=loopback.port)
+    (home / "server.crt").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        ago = pki.now() - timedelta(days=400)
+        patch.setattr(pki, "now", lambda: ago)
+        pki.server_certificate(home, ["127.0.0.1"])
+    secret(home / SECRET)
+    arguments = commands.superlink(link.home, link.host, link.port, False)
+    link.superlink.start(arguments, commands.environment(link.home, link.address))
+    loopback.join(name)
+    wait_for("expired", lambda: "is not valid" in loopback.said_by(name))
+    link.superlink.stop()
+    return loopback.said_by(name)
+
+
+def _alone(loopback: Loopback) -> dict[str, tuple[int, str]]:
+    """Have those meet the server that give up at once."""
+    address = f"127.0.0.1:{loopback.port}"
+    other = loopback.folder / "other"
+    enrol("elsewhere", other, address, folder=loopback.folder / "elsewhere")
+    enrol("keyless", other, address, folder=loopback.folder / "keyless")
+    (loopback.folder / "keyless" / "device.key").unlink()
+    stock = [str(FLOWER), "--superlink", address, "--port", "0"]
+    wait_for("the server", lambda: loopback.server_pids("guarded superlink"))
+    wait_for("a device", lambda: "connected" in loopback.said_by("fine"))
+    words = {
+        "elsewhere": [*FEDSYS, "join", str(loopback.folder / "elsewhere")],
+        "keyless": [*FEDSYS, "join", str(loopback.folder / "keyless")],
+        "stock without key": [*stock, "--root-certificates", str(loopback.home / "ca.crt")],
+        "stock in the clear": [*stock, "--insecure"],
+    }
+    return {name: _ran(command) for name, command in words.items()}
+
+
+def _ran(command: list[str]) -> tuple[int, str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def participants(run: Path) -> list[list[int]]:
+    return [line["clients"] for line in JsonLines(run / "participation.jsonl").read()]
+
+
+def test_good_devices_train_whoever_else_is_refused(refused: Refused) -> None:
+    assert participants(refused.first.run) == [[0, 1]]
+    assert JsonLines(refused.first.run / "metrics.jsonl").read()[-1]["failures"] == 2
+
+
+@pytest.mark.parametrize(
+    ("client", "name", "reason"),
+    [
+        (2, "bytes", r"policy: the reply has \d+ bytes, at most 1000"),
+        (3, "examples", "policy: fewer than 10000 examples"),
+    ],
+)
+def test_a_reply_that_may_not_leave_is_told_at_both_ends(
+    refused: Refused, client: int, name: str, reason: str
+) -> None:
+    (recorded,) = [r for r in lines(refused.first.run)[1]["reasons"] if f"client {client}: " in r]
+    for told in (recorded, refused.first.said, refused.deployment.said_by(name)):
+        assert re.search(reason, told)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("strategy", "policy: strategy FedAvg is not among those allowed"),
+        ("private", "policy: privacy is none, and sample is required"),
+        ("code", r"policy: the code [0-9a-f]{16} is not among those allowed"),
+    ],
+)
+def test_a_run_that_a_policy_forbids_is_told_at_the_device(
+    refused: Refused, name: str, reason: str
+) -> None:
+    assert re.search(f"refused a query.whoami message: {reason}", refused.deployment.said_by(name))
+    # None of its code was unpacked, and nothing of it was started.
+    assert not list((refused.deployment.folder / name / "state" / "flwr").glob("apps/*"))
+
+
+def test_too_high_an_epsilon_is_told_at_both_ends(refused: Refused) -> None:
+    reason = "privacy.epsilon is 8"
+    assert refused.second.process.returncode == 1
+    assert re.search(rf"policy: .*{reason}.*, at most 3", refused.second.said)
+    assert re.search(rf"policy: .*{reason}.*, at most 3", refused.deployment.said_by("private"))
+    assert not (refused.deployment.folder / "private" / "state" / "ledger").exists()
+    assert participants(refused.second.run) == []
+
+
+def test_a_key_that_nobody_registered_is_refused_for_good(refused: Refused) -> None:
+    join = refused.deployment.joined["stranger"]
+    assert join.wait(240) == 2
+    said = refused.deployment.said_by("stranger")
+    assert "the server does not know the key of this device" in said
+    assert "connected" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "reason"),
+    [
+        ("elsewhere", 2, "not from the authority that this device trusts"),
+        ("keyless", 2, "device.key is missing"),
+        ("stock without key", 305 % 256, "Failed to initialize the connection"),
+        ("stock in the clear", 305 % 256, "Failed to initialize the connection"),
+    ],
+)
+def test_who_cannot_be_let_in_gives_up_and_says_why(
+    refused: Refused, name: str, code: int, reason: str
+) -> None:
+    assert refused.alone[name][0] == code, refused.alone[name]
+    assert reason in refused.alone[name][1]
+
+
+def test_a_device_without_keys_speaks_to_no_server_that_asks_for_them(refused: Refused) -> None:
+    said = refused.deployment.said_by("plain")
+    assert "asks for TLS, and this device was enrolled without keys; trying again" in said
+    assert "connected" not in said
+
+
+def test_a_server_whose_certificate_has_ended_is_not_spoken_to(refused: Refused) -> None:
+    assert "is not valid by the clock of this device: certificate has expired" in refused.expired
+    assert "connected to the server" not in refused.expired
+    # With a new one, the same process goes on.
+    assert "connected to the server" in refused.deployment.said_by("good")
