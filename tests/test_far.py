@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 
 from clients.frozen import Frozen, FrozenStore
 from fedsys import experiment as experiments
@@ -21,7 +21,7 @@ from fedsys.far import FarClients, Place
 from fedsys.federation import assemble
 from fedsys.params import digest
 from fedsys.privacy.ledger import read
-from tests.runs import Scattered, comparable, experiment_of, same
+from tests.runs import Scattered, comparable, experiment_of, federation_of, same
 
 RUN = "c0ffee"
 SMALL = ("adapter.rank=4",)  # no layer holds more
@@ -105,6 +105,36 @@ def test_a_client_that_lost_its_disk_is_sent_the_factors_again(tmp_path: Path) -
     result = run_elsewhere(experiment, tmp_path, FarClients(lambda _: settings, place))
     assert [line["failures"] for line in result.metrics] == [0, 0, 1, 0, 0]
     assert "frozen factors" in result.metrics[2]["reasons"][0]
+
+
+def test_a_device_has_one_budget_whatever_a_run_calls_its_rows(tmp_path: Path) -> None:
+    overrides = (*SMALL, "privacy=sample", "privacy.epsilon=5", "participation.cohort=3")
+    for number, words in enumerate([(), ("seed=1", "partition=contiguous")]):
+        experiment = replace(experiment_of(*THREE, *overrides, *words), out=tmp_path / str(number))
+        settings = json.dumps(experiment.resolved, default=str)
+
+        def place(context: Context, experiment: Experiment = experiment) -> Place:
+            own = alone(context, experiment, tmp_path / "homes")
+            return replace(own, owner="this device")
+
+        clients = FarClients(lambda _, settings=settings: settings, place)  # type: ignore[misc]
+        if number == 0:
+            run_elsewhere(experiment, tmp_path, clients)
+        else:
+            with pytest.raises(RunError, match="PrivacyBudgetExceeded"):
+                run_elsewhere(experiment, tmp_path, clients)
+    entries = read(tmp_path / "homes" / "0" / "ledger")
+    assert {entry.client for entry in entries} == {"this device"}
+
+
+@pytest.mark.parametrize("basis", ["./../../outside", "a" * 63, "A" * 64, "a" * 64 + "\n"])
+def test_a_basis_names_no_file_elsewhere(tmp_path: Path, basis: str) -> None:
+    site = federation_of(tmp_path, *SMALL).site
+    site.frozen = FrozenStore(tmp_path / "frozen")
+    content = RecordDict({"config": ConfigRecord({"basis": basis}), "base": ArrayRecord()})
+    with pytest.raises(ValueError, match="a basis is a digest"):
+        site.load(content)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_roll_call_loads_nothing() -> None:

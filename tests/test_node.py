@@ -35,6 +35,7 @@ from fedsys.deployment.device import Device
 from fedsys.deployment.disclosure import LAST_RUN, disclosure
 from fedsys.deployment.gate import Gate
 from fedsys.deployment.policy import Policy
+from fedsys.deployment.terms import of_rows
 from fedsys.messages import encode, spent_numbers
 from fedsys.params import Params, digest
 from fedsys.privacy.accounting import Release
@@ -440,6 +441,27 @@ def test_settings_that_are_not_allowed_are_refused(node: Node, server: Server) -
     server.settings = server.settings | {"privacy": {"_target_": None}}
     server.ask()
     assert "privacy is none" in str(refused(node, server).reason)
+
+
+@pytest.mark.parametrize(
+    ("data", "partition", "own", "reasons"),
+    [
+        ({"_target_": "fedsys.data.Digits"}, "fedsys.data.IID", False, []),
+        ({"path": "/etc/passwd"}, "fedsys.data.IID", False, ["data.path"]),
+        ({"eval_path": "../b.csv"}, "fedsys.data.IID", False, ["data.eval_path"]),
+        ({"path": "public.csv"}, "fedsys.data.OnDevices", True, []),
+        ({"path": "public.csv"}, "fedsys.data.OnDevices", False, ["no rows of its own"]),
+        ({"_target_": "fedsys.data.Digits"}, "fedsys.data.IID", True, ["its own rows only"]),
+        (None, None, True, ["its own rows only"]),
+    ],
+)
+def test_which_file_is_read_is_up_to_the_device(
+    data: Any, partition: str | None, own: bool, reasons: list[str]
+) -> None:
+    settings = {"data": data, "partition": partition and {"_target_": partition}}
+    found = of_rows(settings, own)
+    assert len(found) == len(reasons)
+    assert all(word in reason for word, reason in zip(reasons, found, strict=True))
 
 
 @pytest.mark.parametrize(

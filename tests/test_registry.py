@@ -395,6 +395,15 @@ def test_a_seat_that_is_taken_is_not_given_away_until_its_node_has_gone(caplog: 
     assert seats.online([10, 20]) == ([2], [10]), "who comes back finds it taken"
 
 
+def test_a_node_that_comes_back_says_anew_who_it_is() -> None:
+    claims = {10: 0, 20: 0}
+    seats, _ = seats_of(claims)
+    assert seats.online([10, 20]) == ([0], [10])
+    claims[20] = 1  # its operator has corrected it, and starts it again
+    assert seats.online([10]) == ([0], [10])
+    assert seats.online([10, 20]) == ([0, 1], [10, 20])
+
+
 def test_who_claims_no_seat_that_there_is_has_none(caplog: Any) -> None:
     seats, asked = seats_of({10: 4, 20: -1, 30: 0})
     assert seats.online([10, 20, 30, 40]) == ([0], [30])
