@@ -1,6 +1,7 @@
 """Who is asked: the cohort of a round, an adversary's accomplices, a sample for evaluation."""
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Collection, Mapping
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 1000  # to draw a cohort that may be used
 _ROLL_CALL = 60.0  # seconds for nodes to say who they are
+_ASK_AGAIN = 30.0  # seconds, where they have not; else every round would wait for them
 _POLICY = "policy:"  # so begins what a device says that does not take part
 
 Cohort = dict[int, int]  # client -> its node
@@ -38,6 +40,7 @@ class Invitations:
         """Wait until enough clients are connected, and number them."""
         self._strategy, self._grid = strategy, grid
         self._refusals: dict[int, str] = {}  # of nodes whose site policy forbids the run
+        self._silent: dict[int, float] = {}  # nodes that did not say who they are, until when
         self.resume([])
 
     def online(self) -> Online:
@@ -113,7 +116,10 @@ class Invitations:
 
     def _roll_call(self, nodes: list[int]) -> dict[int, int]:
         """Return which partition each of ``nodes`` says it holds, of those that say it."""
-        calls = [Message(RecordDict(), node, "query.whoami") for node in nodes]
+        due = [n for n in nodes if time.monotonic() >= self._silent.get(n, -math.inf)]
+        if not due:
+            return {}
+        calls = [Message(RecordDict(), node, "query.whoami") for node in due]
         claims: dict[int, int] = {}
         replies = list(self._grid.send_and_receive(calls, timeout=_ROLL_CALL))
         # An error may come from the server in a node's stead.
@@ -127,6 +133,8 @@ class Invitations:
                 log.warning("node %d does not say who it is: %s", node, reason)
                 if str(reason).startswith(_POLICY):
                     self._refusals[node] = str(reason)
+        again = time.monotonic() + _ASK_AGAIN
+        self._silent |= {node: again for node in due if node not in claims}
         return claims
 
     def _generator(self, server_round: int, *attempt: int) -> np.random.Generator:
