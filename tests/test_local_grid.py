@@ -356,7 +356,7 @@ def test_our_app_refuses_what_does_not_fit_its_model():
     grid = LocalGrid(app, 4)
     for arrays, basis, reason in (
         (encode_flat(torch.zeros(3)), "", "does not fit"),
-        (encode_flat(site.model.initial), "feed", "frozen factors"),
+        (encode_flat(site.model.initial), "feed" * 16, "frozen factors"),
     ):
         config = ConfigRecord({"server-round": 1, "basis": basis})
         content = RecordDict({"arrays": arrays, "config": config})
