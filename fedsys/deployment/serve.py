@@ -192,7 +192,7 @@ class _Run:
             state = "all devices needed are connected; preparing the first round"
         else:
             state = "starting the ServerApp"
-        self._say(state, f" (giving up in {left - _GRACE:.0f} s)" if short else "")
+        self._say(state, f" (giving up in {max(0.0, left - _GRACE):.0f} s)" if short else "")
 
     def _say(self, state: str, more: str) -> None:
         now = time.monotonic()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsys.engines.deployment import HOME
+from fedsys.engines.deployment import HOME, Deployment
 from fedsys.errors import ConfigError
 
 
@@ -59,8 +59,9 @@ def serve(arguments: argparse.Namespace) -> int:
     from fedsys.config import configure
 
     begun = _begun(overrides)
-    if begun is None:
-        configure(overrides)  # refuses before anything heavy is imported
+    # Refused before anything heavy is imported.
+    if begun is None and not isinstance(configure(overrides).engine, Deployment):
+        raise ConfigError(["engine: `fedsys serve` runs on devices; simulate by `fedsys run`"])
     from fedsys.console import Terminal
     from fedsys.experiment import resume, run
 
