@@ -35,6 +35,10 @@ class RunError(RuntimeError):
     """A run cannot go on; the message says why and what to do."""
 
 
+class Busy(RunError):
+    """Another process holds what is needed; the message says what."""
+
+
 class LedgerError(RunError):
     """The privacy ledger cannot be read, written or believed; the message says where and why."""
 

@@ -4,6 +4,7 @@ import logging
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 1000  # to draw a cohort that may be used
 _ROLL_CALL = 60.0  # seconds for nodes to say who they are
+_ROLL_CALL_LEAST = 15.0  # when time is short: a device polls every 3 s and starts a process
 _ASK_AGAIN = 30.0  # seconds, where they have not; else every round would wait for them
 _POLICY = "policy:"  # so begins what a device says that does not take part
 
@@ -39,26 +41,29 @@ class Invitations:
     def __init__(self, strategy: "Strategy", grid: Grid) -> None:
         """Wait until enough clients are connected, and number them."""
         self._strategy, self._grid = strategy, grid
-        self._refusals: dict[int, str] = {}  # of nodes whose site policy forbids the run
+        self._reasons: dict[int, str] = {}  # of nodes that do not say who they are
         self._silent: dict[int, float] = {}  # nodes that did not say who they are, until when
+        self._deadline = 0.0  # of who is waited for
         self.resume([])
 
     def online(self) -> Online:
         """Return who is connected, as soon as enough are; raises ``RunError`` when they are not."""
         strategy = self._strategy
-        deadline = time.monotonic() + strategy.patience
+        self._deadline = deadline = time.monotonic() + strategy.patience
         while True:
             left = max(0.0, deadline - time.monotonic())
             nodes = connected(self._grid, strategy.min_clients, left)
             online = self.registry.online(nodes)
             if len(online.clients) >= strategy.min_clients:
                 return online
-            refused = [self._refusals[node] for node in nodes if node in self._refusals]
-            possible = (strategy.seats or len(nodes)) - len(refused)
+            reasons = [self._reasons.get(node, "") for node in nodes]
+            refused = Counter(reason for reason in reasons if reason.startswith(_POLICY))
+            possible = (strategy.seats or len(nodes)) - refused.total()
             if time.monotonic() >= deadline or possible < strategy.min_clients:
+                said = "".join(f"; {count} of them: {reason}" for reason, count in refused.items())
                 raise RunError(
                     f"{len(nodes)} nodes are connected, and of the {strategy.min_clients} clients"
-                    f" needed {len(online.clients)} take part{''.join(f'; {r}' for r in refused)}"
+                    f" needed {len(online.clients)} take part{said}"
                 )
             time.sleep(1.0)
 
@@ -121,18 +126,20 @@ class Invitations:
             return {}
         calls = [Message(RecordDict(), node, "query.whoami") for node in due]
         claims: dict[int, int] = {}
-        replies = list(self._grid.send_and_receive(calls, timeout=_ROLL_CALL))
+        left = self._deadline - time.monotonic()
+        patience = min(_ROLL_CALL, max(left, _ROLL_CALL_LEAST))
+        replies = list(self._grid.send_and_receive(calls, timeout=patience))
         # An error may come from the server in a node's stead.
         asked = {call.metadata.message_id: call.metadata.dst_node_id for call in calls}
         for reply in replies:
             node = asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
             try:
                 claims[node] = _partition(reply)
-                self._refusals.pop(node, None)
+                self._reasons.pop(node, None)
             except ValueError as reason:
-                log.warning("node %d does not say who it is: %s", node, reason)
-                if str(reason).startswith(_POLICY):
-                    self._refusals[node] = str(reason)
+                if self._reasons.get(node) != str(reason):
+                    log.warning("node %d does not say who it is: %s", node, reason)
+                self._reasons[node] = str(reason)
         again = time.monotonic() + _ASK_AGAIN
         self._silent |= {node: again for node in due if node not in claims}
         return claims

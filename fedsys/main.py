@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from fedsys.compose import FOLDER, chosen_by_default, compose, groups, implied
 from fedsys.deployment import verbs
-from fedsys.errors import ClientFailure, ConfigError, DataError, RunError
+from fedsys.errors import Busy, ClientFailure, ConfigError, DataError, RunError
 from fedsys.known import suggestion
 
 _EXAMPLES = """examples:
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return reason.code if isinstance(reason.code, int) else 2
     except (ConfigError, DataError) as reason:
         return _fail(str(reason), 2)
+    except Busy as reason:
+        return _fail(str(reason), 1)
     except (RunError, ClientFailure) as reason:
         return _fail(f"the run failed: {reason}", 1)
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -165,7 +167,7 @@ def _settings() -> str:
             "groups, chosen by group=option (* is the default):",
             *lines,
             f"  {implies}",
-            "  keys of an option are set as group.key=value; --cfg job prints them",
+            "  keys of an option are set as group.key=value; `fedsys run --cfg job` prints them",
             f"\nother keys:\n{keys}\n",
             _EXAMPLES,
         ]
@@ -292,7 +294,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     show_table(report.rows())
     for problem in report.problems:
         _say(f"  - {problem}")
-    return int(bool(report.problems))
+    return int(bool(report.problems or report.unread))
 
 
 def _say(line: str) -> None:

@@ -9,7 +9,6 @@ audit/                                  of a run with canaries, see fedsys.priva
 summary.json adapter/                   at the end
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -30,6 +29,7 @@ from fedsys import settings
 from fedsys.checkpoint import Checkpoints, ClientStates
 from fedsys.errors import ClientFailure, RunError
 from fedsys.json_lines import JsonLines, strict, write_whole
+from fedsys.locks import hold
 from fedsys.params import Params
 from fedsys.privacy.ledger import Head, Ledger
 from fedsys.privacy.release import Spent
@@ -102,13 +102,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder; raise ``RunError`` when another process runs in it."""
+        """Hold the folder; raise ``Busy`` when another process runs in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(f"another process is running in {self.folder}") from None
+        with hold(self.folder / ".lock", f"another process is running in {self.folder}"):
             yield
 
     # ---- fedsys.records.Recorder

@@ -1,7 +1,10 @@
 """One configuration, three engines, one seed: the same bits, on real Ray and a real SuperLink."""
 
 import csv
+import json
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,3 +124,23 @@ def test_private_rows_that_only_devices_have_train_a_language_model_to_the_same_
 def write_table(path: Path, texts: list[tuple[str, int]]) -> None:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *texts])
+
+
+def test_a_run_on_ray_that_is_interrupted_ends_and_can_be_gone_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "ray"
+    words = [*COMMON, "rounds=1000", "participation.cohort=2", "engine=ray", f"out={out}"]
+    metrics = out / "metrics.jsonl"
+    # SIGINT is ignored in jobs that a shell starts in the background, and by their children.
+    run = subprocess.Popen(
+        [*FEDSYS, "run", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while run.poll() is None and not (metrics.exists() and len(lines(out)) > 1):
+        time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 130, said
+    assert f"fedsys resume {out}" in said
+    assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"

@@ -40,6 +40,7 @@ class Grid:
 
     says: dict[int, int | str | None]
     asked: list[int] = field(default_factory=list)
+    timeouts: list[float] = field(default_factory=list)
 
     def get_node_ids(self) -> list[int]:
         return list(self.says)
@@ -47,6 +48,7 @@ class Grid:
     def send_and_receive(self, calls: Iterable[Message], timeout: float) -> list[Message]:
         calls = list(calls)
         self.asked += [call.metadata.dst_node_id for call in calls]
+        self.timeouts.append(timeout)
         return [reply for call in calls if (reply := self._reply(call)) is not None]
 
     def _reply(self, call: Message) -> Message | None:
@@ -95,14 +97,27 @@ def test_a_new_node_is_asked_at_once(clock: SimpleNamespace) -> None:
 
 def test_too_few_are_waited_for_and_then_named_with_their_reasons(clock: SimpleNamespace) -> None:
     grid = Grid({50: 1, 70: "policy: epsilon is too high"})
-    with pytest.raises(RunError, match=r"2 clients needed 1 take part; policy: epsilon is too hi"):
+    with pytest.raises(RunError, match=r"2 clients needed 1 take part; 1 of them: policy: epsilon"):
         Invitations(plan(patience=100.0), grid)  # type: ignore[arg-type]
     assert clock.time >= 1100.0
     assert 3 <= grid.asked.count(70) <= 5  # every 30 s
 
 
+def test_a_reason_of_many_is_said_once(clock: SimpleNamespace, caplog: Any) -> None:
+    grid = Grid({50: 1, 60: "policy: no", 70: "policy: no"})
+    with pytest.raises(RunError, match=r"2 of them: policy: no$"):
+        Invitations(plan(patience=100.0), grid)  # type: ignore[arg-type]
+    assert len(caplog.messages) == 2  # of each node
+
+
+def test_a_roll_call_takes_no_longer_than_there_is_patience(clock: SimpleNamespace) -> None:
+    grid = Grid({50: 1, 60: 0})
+    Invitations(plan(patience=20.0), grid)  # type: ignore[arg-type]
+    assert max(grid.timeouts) <= 20.0
+
+
 def test_nobody_is_waited_for_who_could_not_help(clock: SimpleNamespace) -> None:
     grid = Grid({50: 1, 60: "policy: no", 70: "policy: neither"})
-    with pytest.raises(RunError, match="policy: no; policy: neither"):
+    with pytest.raises(RunError, match="1 of them: policy: no; 1 of them: policy: neither"):
         Invitations(plan(patience=100.0), grid)  # type: ignore[arg-type]
     assert clock.time == 1000.0

@@ -1,6 +1,8 @@
 """Joining: tried again and again, given up only where nothing heals, and nothing left behind."""
 
+import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from fedsys.deployment.ending import Ending
 from fedsys.deployment.enrolment import enrol
 from fedsys.deployment.join import Pauses, join
+from fedsys.deployment.node import HEARD, Heard
 from fedsys.deployment.pki import create_authority, server_certificate
 from fedsys.deployment.probe import probe
 from fedsys.deployment.processes import descendants
@@ -440,3 +443,18 @@ def test_lines_of_a_node_are_json(tmp_path: Path) -> None:
     assert found.returncode == 2
     assert "device.yaml" in json.loads(found.stdout)["say"]
     assert callable(main)
+
+
+def test_a_server_that_is_away_is_told_of_once() -> None:
+    output = io.StringIO()
+    heard = Heard(output)
+    for text in (
+        "Connection attempt failed, retrying in 1.00 seconds",
+        "Connection attempt failed, retrying in 2.00 seconds",
+        "Connection successful after 3.00 seconds and 3 tries.",
+        "Received successfully",
+    ):
+        heard.emit(logging.makeLogRecord({"msg": text}))
+    away, back = [json.loads(line)[HEARD] for line in output.getvalue().splitlines()]
+    assert "does not answer" in away
+    assert "again" in back

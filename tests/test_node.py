@@ -171,7 +171,7 @@ class Apps:
     """The processes of ClientApps, of which there are none here."""
 
     alive: bool = True
-    runs: bool = True
+    runs: bool = False
     ended: int = 0
 
     def can_start(self) -> bool:
@@ -249,6 +249,7 @@ class Node:
         (message,) = self.state.get_messages_legacy(run_ids=[RUN], is_reply=False, limit=1)
         self.state.record_message_processing_start(message.metadata.message_id)
         self.store.delete(message.metadata.message_id)
+        self.apps.runs = True
         return message
 
     def give(self, reply: Message, objects: Callable[[str], bool] = lambda _: True) -> None:
@@ -268,6 +269,7 @@ class Node:
 
     def finish(self) -> None:
         """Do as a ClientApp that ends."""
+        self.apps.runs = False
         for task in self.tasks:
             if task.status.status == Status.RUNNING:
                 self.state.finish_task(task.task_id, SubStatus.COMPLETED, "")
@@ -360,6 +362,40 @@ def test_a_process_of_its_own_judges_the_same(
     entered(node, {}, release=Release(0.6, 0.5, 500), run="before")
     node.answer(private_reply())
     assert "epsilon" in server.sent[-1].error.reason
+
+
+def test_a_reply_is_examined_when_its_client_app_has_ended(
+    node: Node, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def examine(*given: Any) -> list[str]:
+        seen.append(node.apps.any_runs())
+        return examining.examine(*given)
+
+    monkeypatch.setattr(gate, "examine", examine)
+    entered(node)
+    server.ask()
+    node.pull()
+    node.give(private_reply()(node.take()))
+    end = threading.Timer(0.5, node.finish)
+    end.start()
+    node.push()
+    end.join()
+    assert seen == [False]
+    assert server.received.has_content()
+
+
+def test_a_client_app_that_does_not_end_holds_nothing_up(
+    node: Node, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_ENDING", 0.1)
+    entered(node)
+    server.ask()
+    node.pull()
+    node.give(private_reply()(node.take()))
+    node.push()
+    assert server.received.has_content()
 
 
 def test_when_that_process_fails_nothing_leaves(

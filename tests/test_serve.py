@@ -20,7 +20,8 @@ from fedsys.deployment.following import Followed, failures
 from fedsys.deployment.serve import ATTEMPTS, Served, serve
 from fedsys.deployment.superlink import Devices, SuperLink
 from fedsys.engines.deployment import Deployment, loopback
-from fedsys.errors import ConfigError, RunError
+from fedsys.errors import Busy, ConfigError, RunError
+from fedsys.locks import hold
 from tests.flower_apps import tiny
 
 RUNNING = RunStatus("running", "", "")
@@ -284,6 +285,23 @@ def test_an_old_summary_is_not_taken_for_this_runs(plan: Plan, played) -> None:
     played(always(RunStatus("finished", "failed", "ServerApp failed with exception: 7")))
     with pytest.raises(RunError, match="exception: 7"):
         serve(plan)
+
+
+def test_a_run_that_is_complete_is_shown_and_starts_nothing(plan: Plan, played) -> None:
+    (plan.out / "summary.json").write_text('{"status": "completed", "rounds": 3}')
+    link, told = played(), Watching()
+    assert serve(plan, told).summary["rounds"] == 3
+    assert len(told.results) == 1
+    assert link.settings == []
+    assert not hasattr(link, "where")  # not even looked for
+
+
+def test_a_run_is_served_by_one_process_at_a_time(plan: Plan, played) -> None:
+    link = played(always(RUNNING))
+    with hold(plan.out / ".served.lock", "here"), pytest.raises(Busy, match="another process"):
+        serve(plan)
+    assert link.settings == []
+    assert link.stopped_runs == []
 
 
 def test_a_run_that_somebody_stopped_is_not_repeated(plan: Plan, played) -> None:

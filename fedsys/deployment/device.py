@@ -90,6 +90,8 @@ class Device:
         folder = folder.absolute()
         if not folder.is_dir():
             raise ConfigError([f"{folder}: no such folder; `fedsys enrol NAME` makes one"])
+        if not (folder / FILE).exists():
+            raise ConfigError([f"{folder}: is no device's folder, it has no {FILE}"])
         settings = strict.load(folder / FILE, Settings, _RANGES, ConfigError)
         device = cls(folder, settings)
         if problems := device._problems():

@@ -51,6 +51,16 @@ class Followed:
         return found
 
 
+def finished(folder: Path, rounds: int) -> Metrics | None:
+    """Return the summary of a run that has completed its ``rounds``; None of any other."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    found: Metrics = with_numbers(json.loads(path.read_text()))
+    complete = found["status"] == "completed" and found.get("rounds") == rounds
+    return found if complete else None
+
+
 def failures(line: Mapping[str, Any]) -> list[tuple[int, str]]:
     """Return which clients were left out of a round, and why."""
     found = [_CLIENT.fullmatch(text) for text in line.get("reasons") or ()]

@@ -43,6 +43,7 @@ _UNUSABLE = "policy.yaml of this device cannot be used, so nothing runs on it"
 _NO_STARTER = "the process that starts ClientApps has ended"
 _RESTARTED = "the device was restarted before it had answered"
 _POLL = 0.25  # seconds
+_ENDING = 10.0  # seconds, after which a ClientApp that has replied is not waited for
 _CODES = range(9)  # of Flower's errors
 
 
@@ -225,6 +226,7 @@ class Gate:
             with closed():
                 policy, terms = self._policy(), self._terms[asked.run_id]
                 if not reply.has_error():
+                    self._await_the_end()
                     marks = Mark.of(reply.metadata), Mark.of(asked)
                     files = self._device.policy, self._device.ledger
                     if reasons := examine(marks[0], contents, marks[1], terms, *files):
@@ -240,6 +242,12 @@ class Gate:
         _drop(reply, state, store)
         code = code if code in _CODES else ErrorCode.UNKNOWN
         return self._error(state, store, code, reason)
+
+    def _await_the_end(self) -> None:
+        """Let the ClientApp end: it and whoever reads its reply hold torch, one at a time."""
+        until = time.monotonic() + _ENDING
+        while self._apps.any_runs() and time.monotonic() < until:
+            time.sleep(_POLL)
 
     # ---- both
 

@@ -5,7 +5,6 @@ It keeps one child, the SuperNode (``fedsys.deployment.node``), and starts it ag
 away do not come back all at once. What cannot heal by itself ends it with exit code 2.
 """
 
-import fcntl
 import json
 import os
 import random
@@ -28,7 +27,7 @@ from fedsys.deployment.node import CONNECTED, ENDED, HEARD, environment
 from fedsys.deployment.policy import Policy
 from fedsys.deployment.probe import Trouble, probe
 from fedsys.deployment.processes import kill_group
-from fedsys.errors import RunError
+from fedsys.locks import hold
 
 LOG = "node.log"
 _LARGEST_LOG = 10 * 2**20  # bytes, of which one old one is kept
@@ -56,7 +55,7 @@ def join(folder: Path, dry_run: bool = False) -> int:
 
     0 after SIGTERM, 130 after SIGINT, 2 when it gave up. ``dry_run`` only says what would leave
     the device, touches no network and returns 0. Raises ``ConfigError`` for a folder that cannot
-    be used, and ``RunError`` for a device that has joined already.
+    be used, and ``Busy`` for a device that has joined already.
     """
     device = Device.load(folder)
     policy = Policy.load(device.policy)
@@ -214,11 +213,8 @@ def _log(path: Path) -> Iterator[int]:
 
 @contextmanager
 def _alone(device: Device) -> Iterator[None]:
-    """Hold the device; raises ``RunError`` when another process does."""
+    """Hold the device; raises ``Busy`` when another process does."""
     device.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (device.state / ".joined.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{device.folder} has joined already, in another process") from None
+    taken = f"{device.folder} has joined already, in another process"
+    with hold(device.state / ".joined.lock", taken):
         yield

@@ -46,7 +46,9 @@ HEARD, ENDED, CONNECTED = "say", "exit", "connected"  # keys of the lines on sta
 _GRACE = 8.0  # seconds for a clean end, after which Flower itself would not wait either
 _EXIT = re.compile(r"Exit Code: (\d+)\s*(.*?)(?:\n\nFor more information.*)?", re.DOTALL)
 _API = re.compile(r"\[code: (\d+)\]")
+# How lines of Flower's log begin.
 _BEGUN = "SuperNode ID: "
+_AWAY, _BACK = "Connection attempt failed", "Connection successful"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,6 +188,7 @@ class Heard(logging.Handler):
         """Write to ``output``."""
         super().__init__()
         self._output = output
+        self._away = False  # the server, once there was a connection
 
     def write(self, kind: str, text: str, **more: object) -> None:
         """Say ``text``; whoever does not listen any more misses it."""
@@ -196,7 +199,13 @@ class Heard(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Pass on of Flower's log what tells how it stands with the server."""
         text = record.getMessage()
-        if text.startswith(_BEGUN):
+        if text.startswith(_AWAY) and not self._away:
+            self._away = True
+            self.write(HEARD, "the server does not answer; trying again until it does")
+        elif text.startswith(_BACK) and self._away:
+            self._away = False
+            self.write(HEARD, "the server answers again")
+        elif text.startswith(_BEGUN):
             self.write(CONNECTED, text)
         elif ended := _EXIT.fullmatch(text):
             api = _API.search(text)

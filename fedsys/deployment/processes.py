@@ -25,6 +25,17 @@ def descendants(ancestor: int) -> list[int]:
     return found
 
 
+def title(process: int) -> str:
+    """Return what a process calls itself, by default its command; "" when it has ended."""
+    if not (_PROC / "self" / "cmdline").exists():  # not Linux
+        words = ["ps", "-p", str(process), "-o", "command="]
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return (_PROC / str(process) / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def kill(processes: Iterable[int]) -> None:
     """End processes at once; those that are gone are passed over."""
     for process in processes:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 from fedsys.console import Observer, Silent
 from fedsys.deployment.bundle import Bundle, bundle
 from fedsys.deployment.control import RunStatus
-from fedsys.deployment.following import Followed, Metrics, failures
+from fedsys.deployment.following import Followed, Metrics, failures, finished
 from fedsys.deployment.superlink import Devices, SuperLink
 from fedsys.engines.deployment import Deployment
 from fedsys.errors import ConfigError, RunError
+from fedsys.locks import hold
 from fedsys.run_folder import id_of, new_run_id
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ class Served:
 def serve(experiment: "Experiment", observer: Observer | None = None) -> "RunResult":
     """Run ``experiment`` on the devices of its server home; ``observer`` is shown how it goes.
 
-    Raises ``ConfigError`` when the server cannot be started as asked, and ``RunError`` when the
-    run cannot go on.
+    Of a run that is complete, only the result is shown. Raises ``ConfigError`` when the server
+    cannot be started as asked, ``Busy`` when another process serves the run, and ``RunError`` when
+    the run cannot go on.
     """
     told: Observer = observer or Silent()
     told.started(experiment)
@@ -71,16 +73,24 @@ def deploy(experiment: "Experiment", told: Observer) -> "RunResult":
     engine = experiment.engine
     if not isinstance(engine, Deployment):
         raise ConfigError(["engine: only engine=deployment is served; others run by `fedsys run`"])
+    if (known := finished(experiment.out, experiment.rounds)) is not None:
+        return _shown(experiment, known, told)
     app = bundle(experiment.allow)
     link = SuperLink(engine.home, engine.host, engine.port, engine.insecure)
     told.phase("starting the SuperLink")
     link.start()
     try:
-        run = _Run(experiment, engine, link, app, told)
-        summary = run.complete()
+        experiment.out.mkdir(parents=True, exist_ok=True)
+        with hold(experiment.out / ".served.lock", f"another process serves {experiment.out}"):
+            summary = _Run(experiment, engine, link, app, told).complete()
     finally:
         _leave(link, engine.keep)
-    served = Served(experiment.out, summary, run.folder.lines(), experiment)
+    return _shown(experiment, summary, told)
+
+
+def _shown(experiment: "Experiment", summary: Metrics, told: Observer) -> "RunResult":
+    """Show the result of a run that is complete, and return it."""
+    served = Served(experiment.out, summary, Followed(experiment.out).lines(), experiment)
     told.finished(served)
     return cast("RunResult", served)
 
@@ -196,7 +206,7 @@ class _Run:
 
     def _say(self, state: str, more: str) -> None:
         now = time.monotonic()
-        if state != self._said[0] or now > self._said[1] + _SAY:
+        if state != self._said[0] or (more and now > self._said[1] + _SAY):
             self.told.phase(state + more)
             self._said = state, now
 

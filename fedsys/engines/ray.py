@@ -7,15 +7,21 @@ remember is in the run folder, which all machines of a cluster must see. They tr
 import json
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
+from fedsys.deployment.processes import descendants, kill, title
 from fedsys.errors import ClientFailure, ConfigError, RunError
 from fedsys.privacy.entries import FILE
 
@@ -61,10 +67,11 @@ class Ray:
         federation = assemble(experiment, observer.phase)
         run = id_of(experiment.out) or new_run_id()
         results: list[RunResult] = []
-        server = ServerApp()
+        server, interrupted = ServerApp(), Event()
 
         @server.main()
         def main(grid: Grid, _: Context) -> None:
+            _watch(grid, interrupted)
             results.append(run_federation(federation, grid, {}, observer, engine="ray", run=run))
 
         settings = json.dumps(experiment.resolved)
@@ -81,15 +88,16 @@ class Ray:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns
         logging.getLogger("flwr").setLevel(logging.ERROR)  # run_simulation is deprecated, not gone
         try:
-            run_simulation(
-                server,
-                FarClients(lambda _: settings, place).app(),
-                len(federation.shards),
-                backend_config={
-                    "client_resources": {"num_cpus": self.cpus, "num_gpus": self.gpus},
-                    "init_args": {"log_to_driver": False, **self._cluster},
-                },
-            )
+            with _ended_by_sigint(interrupted):
+                run_simulation(
+                    server,
+                    FarClients(lambda _: settings, place).app(),
+                    len(federation.shards),
+                    backend_config={
+                        "client_resources": {"num_cpus": self.cpus, "num_gpus": self.gpus},
+                        "init_args": {"log_to_driver": False, **self._cluster},
+                    },
+                )
         except (RunError, ClientFailure):
             raise
         except RuntimeError as error:
@@ -99,6 +107,43 @@ class Ray:
     @property
     def _cluster(self) -> dict[str, str]:
         return {} if self.address is None else {"address": self.address}
+
+
+@contextmanager
+def _ended_by_sigint(interrupted: Event) -> Iterator[None]:
+    """Let SIGINT end what Flower has started, and raise ``KeyboardInterrupt`` when it has ended.
+
+    Raised at once it would leave threads that wait for Ray for ever, and the process with them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        interrupted.set()
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # clients will be missed
+        kill([p for p in descendants(os.getpid()) if title(p).startswith("ray::")])
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def _watch(grid: Any, interrupted: Event) -> None:
+    """Have ``grid`` end the ServerApp's thread, which no signal reaches, once ``interrupted``."""
+    pull = grid.pull_messages
+
+    def pull_messages(message_ids: Iterable[str]) -> Iterable[Message]:
+        if interrupted.is_set():
+            raise SystemExit("interrupted")
+        found: Iterable[Message] = pull(message_ids)
+        return found
+
+    grid.pull_messages = pull_messages
 
 
 def _place(run: str, folder: Path, ledgers: Path, context: Context) -> "Place":

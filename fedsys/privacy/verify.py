@@ -33,11 +33,14 @@ class Report:
     folder: Path
     facts: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    unread: str = ""  # why there is nothing to verify here
 
     def rows(self) -> list[tuple[str, str]]:
         """Return what was found as rows of a table."""
         count = len(self.problems)
         verdict = f"{count} problem{'s' * (count > 1)}" if count else "as recorded"
+        if self.unread:
+            verdict = f"not verified: {self.unread}"
         return [("run folder", str(self.folder)), *self.facts, ("result", verdict)]
 
     def fact(self, name: str, text: str) -> None:
@@ -57,18 +60,21 @@ def verify(folder: Path) -> Report:
     claims = Claims(folder)
     report = Report(folder, problems=list(claims.problems))
     path, anchored = claims.ledger, {anchor.length for anchor in claims.anchors.values()}
-    report.fact("ledger", str(path))
     try:
         if claims.far and claims.apart:
             book = bound([open_book(apart, claims.run, ()) for apart in claims.apart])
         else:
             book = open_book(path, claims.run, anchored)
     except FileNotFoundError:
-        report.problems.append(f"{path}: {_ON_DEVICES if claims.far else _NOWHERE}")
+        if claims.far:
+            report.unread = _ON_DEVICES
+        else:
+            report.problems.append(f"{path}: {_NOWHERE}")
         return report
     except (LedgerError, OSError) as error:
         report.problems.append(str(error))
         return report
+    report.fact("ledger", str(path))
     report.fact("entries", f"{book.length}, {len(book.steps)} of this run")
     report.fact("head", book.head)
     for check in (_check_anchors, _check_entered, _check_budgets, _check_figures):
