@@ -29,6 +29,7 @@ from fedsys.config import Experiment
 from fedsys.data import Dataset, Shards
 from fedsys.errors import ConfigError, DataError
 from fedsys.evaluate import evaluate
+from fedsys.memory import available, kept
 from fedsys.models import choose_attention
 from fedsys.params import Params
 from fedsys.participation import SupportsFit, SupportsMarginals
@@ -44,7 +45,7 @@ from strategies.feedback import codec
 
 POSITIONS = 4096  # positions of work in one pass that keep a core busy: rows times tokens
 LARGEST_CHUNK = 100  # clients
-LARGEST_MATRIX = 64_000_000  # numbers in the cohort's copies of the trainable tensors
+COPIES = 6  # of a client's trainable tensors: weights, gradients twice, two of an optimizer, result
 
 
 @dataclass
@@ -204,16 +205,36 @@ def build_model(experiment: Experiment, dataset: Dataset, device: torch.device) 
 
 
 def chunk_size(federation: Federation) -> int:
-    """Return how many clients train in one pass: ``engine.chunk``, or by the size of the work."""
+    """Return how many clients train in one pass: ``engine.chunk``, or by the size of the work.
+
+    Where memory is short it is by what a pass of one client was seen to take.
+    """
     experiment = federation.experiment
     if experiment.engine.chunk is not None:
         return int(experiment.engine.chunk)
-    rows = federation.site.training.batch_size * federation.dataset.train.positions
-    by_memory = LARGEST_MATRIX // max(federation.model.layout.size, 1)
-    limit = max(1, min(POSITIONS // rows, by_memory, LARGEST_CHUNK))
+    limit = min(_largest_chunk(federation), LARGEST_CHUNK)
+    if federation.device.type == "cpu":  # a GPU is the better used the larger its work
+        rows = federation.site.training.batch_size * federation.dataset.train.positions
+        limit = min(limit, POSITIONS // rows)
+    limit = max(1, limit)
     # Even chunks: 20 clients by 16 are 10 and 10, in less memory than 16 and 4.
     cohort = getattr(experiment.participation, "cohort", None) or len(federation.shards)
     return math.ceil(cohort / math.ceil(cohort / limit))
+
+
+def _largest_chunk(federation: Federation) -> int:
+    """Return how many clients fit into half of the memory that there is."""
+    model, training = federation.model, federation.site.training
+    left = available(federation.device)
+    if left is None:
+        return LARGEST_CHUNK
+    rows = torch.arange(training.batch_size) % len(federation.dataset.train)
+    batch = federation.dataset.train.batch(rows)
+    inputs = {n: v.to(federation.device) for n, v in batch.items() if n != "labels"}
+    leaves = model.layout.unpack(model.initial[None].to(federation.device))
+    model.bind({name: nn.Parameter(value) for name, value in leaves.items()})
+    activations = kept(model, inputs)
+    return left // 2 // (activations + COPIES * model.initial.nbytes)
 
 
 def _strategy(

@@ -362,3 +362,32 @@ def test_our_app_refuses_what_does_not_fit_its_model():
         content = RecordDict({"arrays": arrays, "config": config})
         (reply,) = grid.send_and_receive([Message(content, 2, "train")])
         assert reason in reply.error.reason
+
+
+class Cramped(ClientApp):
+    """An app that has memory for a few clients only, and notes how many it was given."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.passes, self.runs_alone = room, [], False
+        self.train()(lambda message, context: self.train_cohort([message], [context])[0])
+
+    def train_cohort(self, messages, contexts):
+        self.passes.append(len(messages))
+        if len(messages) > self.room:
+            raise torch.OutOfMemoryError("no more")
+        pairs = zip(messages, contexts, strict=True)
+        return [Message(drift(message, context), reply_to=message) for message, context in pairs]
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 10])
+def test_where_memory_is_short_passes_are_smaller_from_then_on(room):
+    app = Cramped(room)
+    grid = LocalGrid(app, 20, chunk=10)
+    for _ in range(2):
+        app.passes.clear()
+        replies = list(grid.stream(ask(grid, range(2, 22))))
+        assert examples(replies) == list(range(1, 21))
+        assert [r.metadata.src_node_id for r in replies] == list(range(2, 22))
+    assert max(app.passes) <= max(room, 2)  # what did not fit is not tried again
+    assert sum(count for count in app.passes if count <= room) == 20  # nobody trained twice

@@ -12,12 +12,15 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedsys.memory import is_shortage
 
 log = logging.getLogger(__name__)
 
@@ -165,10 +168,29 @@ class LocalGrid(Grid):
             replies = self.app.train_cohort(chunk, contexts)  # type: ignore[attr-defined]
             for _, reply in zip(chunk, replies, strict=True):
                 _check_message(reply)
-        except Exception:
-            # One at a time, so that what broke the pass fails its own client only.
-            log.debug("a cohort of %d failed; running its clients alone", len(chunk), exc_info=True)
-            return map(self._run_one, chunk)
+        except Exception as error:
+            log.debug("a cohort of %d failed", len(chunk), exc_info=True)
+            short = is_shortage(error)
+        else:
+            return self._kept(chunk, contexts, replies)
+        # Here, where the error no longer holds what was in memory.
+        if short and len(chunk) > 2:
+            return self._halved(chunk)
+        # One at a time, so that what broke the pass fails its own client only.
+        return map(self._run_one, chunk)
+
+    def _halved(self, chunk: list[Message]) -> Iterator[Message]:
+        """Train ``chunk`` in two passes, and all that follow in passes no larger."""
+        self.chunk = half = (len(chunk) + 1) // 2
+        log.warning("%d clients do not fit into memory: from here on %d a pass", len(chunk), half)
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        for part in (chunk[:half], chunk[half:]):
+            yield from self._run_together(part) if len(part) > 1 else map(self._run_one, part)
+
+    def _kept(
+        self, chunk: list[Message], contexts: list[Context], replies: list[Message]
+    ) -> Iterator[Message]:
         for message, context in zip(chunk, contexts, strict=True):
             self._keep(message, context)
         return iter(replies)

@@ -1,0 +1,69 @@
+"""What a pass takes, and what there is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fedsys import memory
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_there_is_some_of_what_the_machine_has() -> None:
+    fields = Path("/proc/meminfo").read_text().split()
+    total = int(fields[fields.index("MemTotal:") + 1]) * 1024
+    found = memory.available(CPU)
+    assert found is not None
+    assert 0 < found <= total
+
+
+def test_a_container_may_have_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    machine = memory.available(CPU)
+    (tmp_path / "memory.current").write_text("400\n")
+    for limit, left in (("1000\n", 600), ("max\n", machine)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert memory.available(CPU) == pytest.approx(left, rel=0.2)
+
+
+def test_what_cannot_be_known_is_not_made_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(memory, "_GROUP", tmp_path / "none")
+    assert memory.available(CPU) is None
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_pass_keeps_the_inputs_of_its_layers(rows: int) -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
+    floats = rows * 5 + rows * 3  # of the two layers; what ReLU keeps is the second's input
+    assert memory.kept(model, {"input": torch.randn(rows, 5)}) == 4 * floats
+
+
+def test_what_is_frozen_below_keeps_nothing() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    assert memory.kept(model, {"input": torch.randn(4, 5)}) == 4 * 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_a_shortage_is_told_from_other_errors(error: Exception, short: bool) -> None:
+    assert memory.is_shortage(error) is short
+
+
+def test_a_real_shortage_is_one() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert memory.is_shortage(caught.value)
