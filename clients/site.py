@@ -158,8 +158,9 @@ class Site:
                 p.lots(own, training.num_steps(len(own)))
                 for p, own in zip(private, rows, strict=True)
             ]
+        lengths = self.examples.lengths if training.group_by_length else lambda _: None
         return [
-            training.batches(own, self.seed, round, client, self.examples.lengths(own))
+            training.batches(own, self.seed, round, client, lengths(own))
             for own, client in zip(rows, clients, strict=True)
         ]
 

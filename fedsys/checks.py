@@ -57,7 +57,7 @@ def read_update(
         if _basis_of(content) != basis:
             raise ValueError(_OTHER_FACTORS)
     if decode_reply is None and layout is not None and PACKED in delta:
-        delta = layout.unpack(delta[PACKED])
+        delta = layout.views(delta[PACKED])
     return Update(client, delta, int(metrics.pop(NUM_EXAMPLES)), metrics)
 
 

@@ -40,11 +40,14 @@ def weighted_sum(terms: Iterable[tuple[float, Params]]) -> Params:
     """
     total: Params = {}
     sums: list[Tensor] = []
+    whole: Tensor | None = None
     for weight, params in terms:
         if not total:
-            total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in params.items()}
-            sums = list(total.values())
-        if sums:
+            total = _zeros(params)
+            sums, whole = list(total.values()), flat_of(total)
+        if whole is not None and (flat := flat_of(params)) is not None:
+            whole.add_(flat, alpha=weight)
+        elif sums:
             torch._foreach_add_(sums, [params[name] for name in total], alpha=weight)
     return total
 
@@ -62,6 +65,13 @@ def weighted_mean(terms: Iterable[tuple[float, Params]]) -> Params:
     if total:
         torch._foreach_div_(list(total.values()), sum(weights) or 1.0)
     return total
+
+
+def _zeros(params: Params) -> Params:
+    """Return zeros in float64 of the shapes of ``params``, views of one vector if they are."""
+    if isinstance(params, Views):
+        return params.layout.views(torch.zeros_like(params.flat, dtype=torch.float64))
+    return {name: torch.zeros_like(value, dtype=torch.float64) for name, value in params.items()}
 
 
 def norm(params: Params) -> float:
@@ -122,9 +132,30 @@ class Layout:
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
+    def views(self, flat: Tensor) -> "Views":
+        """Return views of ``flat`` (size,) that know it."""
+        return Views(self, flat)
+
     @cached_property
     def _sizes(self) -> list[int]:
         return [shape.numel() for shape in self.shapes.values()]
+
+
+class Views(dict[str, Tensor]):
+    """``Params`` that are views of one vector: sums of them take one addition, not one a name.
+
+    Not to be changed: whoever wants other tensors makes another dict.
+    """
+
+    def __init__(self, layout: Layout, flat: Tensor) -> None:
+        """View ``flat`` (size,) as ``layout`` says."""
+        super().__init__(layout.unpack(flat))
+        self.layout, self.flat = layout, flat
+
+
+def flat_of(params: Params) -> Tensor | None:
+    """Return the vector whose views ``params`` are, if they are."""
+    return params.flat if isinstance(params, Views) else None
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -246,3 +246,19 @@ def test_a_layout_of_nothing():
 def test_mixed_dtypes_are_refused():
     with pytest.raises(TypeError, match=r"one dtype, got \['torch.float32', 'torch.int64'\]"):
         Layout.of({"a": torch.zeros(1), "n": torch.tensor([1])})
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=5))
+def test_views_of_one_vector_sum_to_the_same_bits(viewed: list[bool]) -> None:
+    layout = Layout({"w": torch.Size([2, 3]), "b": torch.Size([4])}, torch.float32)
+    draw = torch.Generator().manual_seed(len(viewed))
+    flats = [torch.randn(layout.size, generator=draw) for _ in viewed]
+    plain = [(0.3 * n, layout.unpack(flat)) for n, flat in enumerate(flats)]
+    mixed = [
+        (0.3 * n, layout.views(flat) if views else layout.unpack(flat))
+        for n, (flat, views) in enumerate(zip(flats, viewed, strict=True))
+    ]
+    for how in (weighted_sum, weighted_mean):
+        expected, found = how(plain), how(mixed)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
