@@ -418,6 +418,23 @@ def test_a_node_that_waits_has_not_loaded_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_message_that_cannot_be_fetched_is_answered(
+    node: Node, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(run_id: int, object_id: str) -> bytes:
+        raise OSError("cut off")
+
+    server.ask()
+    with monkeypatch.context() as line:
+        line.setattr(server, "pull_object", broken)
+        assert node.pull() == RUN
+    node.push()
+    assert server.sent[-1].error.reason == "the message could not be fetched whole"
+    entered(node)
+    node.answer(private_reply())
+    assert server.received.has_content()
+
+
 def test_the_ledger_is_read_while_a_client_holds_it(node: Node, server: Server) -> None:
     entered(node)
     with Ledger(node.device.ledger):

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _UNUSABLE = "policy.yaml of this device cannot be used, so nothing runs on it"
 _NO_STARTER = "the process that starts ClientApps has ended"
+_LOST = "the message could not be fetched whole"
 _RESTARTED = "the device was restarted before it had answered"
 _POLL = 0.25  # seconds
 _ENDING = 10.0  # seconds, after which a ClientApp that has replied is not waited for
@@ -105,10 +106,25 @@ class Gate:
             self._let_in(runs[run_id], fab)
             return fab
 
+        def pull_object(run_id: int, object_id: str) -> bytes:
+            try:
+                content: bytes = given["pull_object"](run_id, object_id)
+                return content
+            except RunNotRunningException:
+                raise
+            except Exception as error:
+                lost.append(error)
+                raise
+
+        lost: list[Exception] = []
+        mine = {"receive": receive, "get_run": get_run, "get_fab": get_fab}
         try:
-            run_id = flowers(**given | {"receive": receive, "get_run": get_run, "get_fab": get_fab})
+            run_id = flowers(**given | mine | {"pull_object": pull_object})
         except Refused as refusal:
-            run_id = self._refuse(refusal, given)
+            run_id = self._decline(refusal.code, str(refusal), given)
+        if run_id is None and lost:
+            log.warning("a message could not be fetched", exc_info=lost[0])
+            run_id = self._decline(ErrorCode.CLIENT_APP_CRASHED, _LOST, given)
         if run_id is None and self._asked is not None:  # its run is over
             self._unanswered.forget()
         self._deadline = time.monotonic() + self._device.settings.seconds
@@ -147,20 +163,18 @@ class Gate:
             write_whole(self._device.state / LAST_RUN, strict(asdict(terms), indent=1) + "\n")
         self._say(f"run {terms.run}: taking part")
 
-    def _refuse(self, refusal: Refused, given: Mapping[str, Any]) -> int | None:
-        """Answer the message in hand with the refusal."""
+    def _decline(self, code: int, reason: str, given: Mapping[str, Any]) -> int | None:
+        """Answer the message in hand with ``reason``, and have it worked on by nobody."""
         message = self._in_hand()
         told = message.metadata
-        self._say(f"refused a {told.message_type} message: {refusal}")
+        self._say(f"refused a {told.message_type} message: {reason}")
         try:
             given["confirm_message_received"](told.run_id, told.message_id)
         except RunNotRunningException:
             return None
         except Exception:  # the server then keeps what it need not keep
             log.warning("a refused message could not be confirmed", exc_info=True)
-        self._answer = self._error(
-            given["state"], given["object_store"], refusal.code, str(refusal)
-        )
+        self._answer = self._error(given["state"], given["object_store"], code, reason)
         return told.run_id
 
     # ---- out
