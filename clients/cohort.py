@@ -57,14 +57,17 @@ def train_cohort(
     client's row numbers (steps_k, size_k), -1 for no row. Where rows are protected, no loss is
     known: the losses are NaN.
     """
-    order = sorted(range(len(batches)), key=lambda k: -len(batches[k]))
+    taken = [plan.shape[0] for plan in batches]  # len(plan) takes microseconds
+    order = sorted(range(len(batches)), key=lambda k: -taken[k])
     start = start[order] if start.dim() == 2 else start
     task = task.first(order)
     plan = _padded([batches[k] for k in order])
-    steps = torch.tensor([len(batches[k]) for k in order])
+    steps = torch.tensor([taken[k] for k in order])
     trained = start.expand(len(order), -1).clone()
     losses = torch.zeros(len(order))
     active = len(order)
+    if task.model.prefix is not None:
+        task.model.remember(task.examples, plan[plan >= 0])
     flat, leaves, optimizer = _begin(task, trained, lr, None)
     for step in range(plan.shape[1]):
         if (still := int((steps > step).sum())) < active:
@@ -90,7 +93,7 @@ def _padded(batches: list[Tensor]) -> Tensor:
 
 def _gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> Tensor:
     """Write the gradients of the losses on ``rows`` (K, B), and return the losses (K,)."""
-    batch = gather(task.examples, rows, task.device)
+    batch = gather(task.examples, rows, task.device, task.model)
     if task.flipped is not None:
         each = len(batch["labels"]) // len(rows)
         _flip(batch, task.flipped[: len(rows)].repeat_interleave(each), task)
@@ -106,7 +109,8 @@ def _gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> 
 def _private_gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> Tensor:
     """Write the noised gradients of the lots ``rows`` (K, B), and return NaN (K,)."""
     owner, column = (rows >= 0).nonzero(as_tuple=True)
-    batch = task.examples.batch(rows[owner, column])
+    chosen = rows[owner, column]
+    batch = task.examples.batch(chosen) | task.model.states(task.examples, chosen)
     if task.flipped is not None:
         _flip(batch, task.flipped[owner], task)
     batch = {name: value.to(task.device, non_blocking=True) for name, value in batch.items()}
@@ -173,15 +177,23 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
 
-def gather(examples: Examples, rows: Tensor, device: torch.device) -> Batch:
-    """Return the batch of ``rows`` (K, B) as K*B rows; -1 gives a row whose labels are ignored."""
+def gather(
+    examples: Examples, rows: Tensor, device: torch.device, model: CohortModel | None = None
+) -> Batch:
+    """Return the batch of ``rows`` (K, B) as K*B rows; -1 gives a row whose labels are ignored.
+
+    For ``model`` it holds what that remembers of the rows.
+    """
     absent = rows < 0
     if absent.any():
         rows, absent = rows[:, ~absent.all(0)], absent[:, ~absent.all(0)]
         # A client's own row fills it up: no longer than the others, and its own to suffer from.
         own = rows.amax(1, keepdim=True).clamp(min=0)
-        batch = examples.batch(torch.where(absent, own, rows).flatten())
+        rows = torch.where(absent, own, rows)
+        batch = examples.batch(rows.flatten())
         batch["labels"][absent.flatten()] = weightless(batch["labels"])
     else:
         batch = examples.batch(rows.flatten())
+    if model is not None:
+        batch |= model.states(examples, rows.flatten())
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -27,10 +27,11 @@ from fedsys.cohort_layers import (
     Pass,
     length_of,
 )
-from fedsys.data.examples import Batch
+from fedsys.data.examples import Batch, Examples
 from fedsys.losses import client_losses
 from fedsys.models import refuse_cross_sample
 from fedsys.params import Layout, Params
+from fedsys.prefix import STATES, prefix_of
 
 __all__ = ["CohortLinear", "CohortModel", "CohortModule", "row_gradients"]
 
@@ -61,6 +62,8 @@ class CohortModel(nn.Module):
         holder.model = model
         self._swap(holder, "", names)
         self.model: nn.Module = holder.model
+        megabytes = getattr(model, "prefix_cache_mb", 0)
+        self.prefix = prefix_of(self.model, set(self._layers.values()), megabytes << 20)
         self.bind(self.layout.unpack(self.initial[None]))
 
     def bind(self, params: Mapping[str, Tensor]) -> None:
@@ -76,7 +79,30 @@ class CohortModel(nn.Module):
         if self._size.clients > 1 and not self._probed:
             self._probe(inputs)
         self._size.rows = len(next(iter(inputs.values())))
-        logits: Tensor = self.model(**inputs)
+        return self._logits(inputs)
+
+    def remember(self, examples: Examples, rows: Tensor) -> None:
+        """Run the frozen blocks on ``rows`` (n,) once for all passes to come, where that can be."""
+        if self.prefix is None:
+            return
+        bound = self._params
+        self.bind({name: value[:1] for name, value in bound.items()})
+        try:
+            self.prefix.fill(examples, rows)
+        finally:
+            self.bind(bound)
+
+    def states(self, examples: Examples, rows: Tensor) -> Batch:
+        """Return what a batch of ``rows`` (b,) may hold besides, to spare the frozen blocks."""
+        return {} if self.prefix is None else self.prefix.states(examples, rows)
+
+    def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        plain = {name: value for name, value in inputs.items() if name != STATES}
+        if self.prefix is None or STATES not in inputs:
+            logits: Tensor = self.model(**plain)
+            return logits
+        with self.prefix.given(inputs[STATES]):
+            logits = self.model(**plain)
         return logits
 
     @torch.no_grad()
@@ -93,7 +119,7 @@ class CohortModel(nn.Module):
         try:
             for rows in PROBES:
                 calls.append(defaultdict(list))
-                self.model(**{n: v[torch.arange(rows) % len(v)] for n, v in inputs.items()})
+                self._logits({n: v[torch.arange(rows) % len(v)] for n, v in inputs.items()})
         finally:
             for hook in hooks:
                 hook.remove()

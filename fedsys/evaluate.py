@@ -27,9 +27,11 @@ def evaluate(
     if lengths is not None:  # neighbours of one length need little padding
         rows = rows[lengths.argsort(stable=True)]
     model.bind(model.layout.unpack(params[None].to(device)))
+    model.remember(examples, rows)
     loss = hits = targets = 0.0
     for part in rows.split(batch_size) if len(rows) else ():
-        batch = {n: v.to(device) for n, v in examples.batch(part).items()}
+        batch = examples.batch(part) | model.states(examples, part)
+        batch = {n: v.to(device) for n, v in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch)
         sums, counts = row_losses(logits, labels)

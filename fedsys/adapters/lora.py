@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedsys.adapters.lowrank import ALL_LINEAR, attach
+from fedsys.adapters.lowrank import ALL_LINEAR, Layers, attach, check_layers
 from fedsys.seeds import generator
 
 
@@ -22,15 +22,18 @@ class LoRA:
     rank: int
     alpha: float
     targets: str | Sequence[str] = ALL_LINEAR
+    layers: Layers = None  # of the stack of equal layers: last:2, or numbers from 0; None: all
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
+        check_layers(self.layers)
         if self.alpha <= 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
 
     def attach(self, model: nn.Module, seed: int) -> None:
         """Put the adapters into ``model``, drawn from ``seed``, one generator a layer."""
-        placed = attach(model, self.targets, self.rank, self.alpha / self.rank, middle=False)
+        scaling, layers = self.alpha / self.rank, self.layers
+        placed = attach(model, self.targets, self.rank, scaling, middle=False, layers=layers)
         for index, (_, adapter) in enumerate(placed):
             adapter.A.weight.data = first_a(adapter.A.weight.data, seed, index)
             nn.init.zeros_(adapter.B.weight)

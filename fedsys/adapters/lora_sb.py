@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from fedsys.adapters.lora import check_rank
 from fedsys.adapters.lowrank import (
     ALL_LINEAR,
+    Layers,
     LowRank,
     attach,
+    check_layers,
     is_transposed,
     low_rank_layers,
     weight_of,
@@ -58,10 +60,12 @@ class LoRASB:
     start: Start = "zero"  # R_0 = 0 or S_r / scaling
     init_lr: float = 1e-4  # scales R_0 only; B and A do not depend on it
     init_examples: int | None = None  # rows of each client, or public rows; None: all
+    layers: Layers = None  # of the stack of equal layers: last:2, or numbers from 0; None: all
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         check_rank(self.rank)
+        check_layers(self.layers)
         _check_alpha(self.alpha)
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
@@ -79,7 +83,8 @@ class LoRASB:
 
     def attach(self, model: nn.Module, seed: int) -> None:
         """Put the adapters into ``model`` with R = 0 and random orthonormal B, A from ``seed``."""
-        placed = attach(model, self.targets, self.rank, self.scaling, middle=True)
+        scaling, layers = self.scaling, self.layers
+        placed = attach(model, self.targets, self.rank, scaling, middle=True, layers=layers)
         for index, (_, adapter) in enumerate(placed):
             draw = generator(seed, "basis", index)
             for factor in (adapter.A.weight.data, adapter.B.weight.data):
@@ -112,16 +117,18 @@ class LoRAXS:
     rank: int
     alpha: float | None = None  # scaling = alpha / rank; None: 1
     targets: str | Sequence[str] = ALL_LINEAR
+    layers: Layers = None  # of the stack of equal layers: last:2, or numbers from 0; None: all
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         check_rank(self.rank)
+        check_layers(self.layers)
         _check_alpha(self.alpha)
 
     def attach(self, model: nn.Module, seed: int) -> None:
         """Put the adapters into ``model``; R is drawn from ``seed``."""
-        scaling = 1.0 if self.alpha is None else self.alpha / self.rank
-        placed = attach(model, self.targets, self.rank, scaling, middle=True)
+        scaling, layers = 1.0 if self.alpha is None else self.alpha / self.rank, self.layers
+        placed = attach(model, self.targets, self.rank, scaling, middle=True, layers=layers)
         for index, (_, adapter) in enumerate(placed):
             u, s, vt = truncated_svd(weight_of(adapter.base).detach(), self.rank)
             adapter.A.weight.data.copy_(s[:, None] * vt)

@@ -5,16 +5,20 @@
 Shapes: W (out, in), A (rank, in), R (rank, rank), B (out, rank). LoRA trains A and B and has no R.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedsys.models.stacks import stacks
 from fedsys.params import Params
 
 ALL_LINEAR = "all-linear"
 OUTPUT_LAYERS = ("head", "classifier", "score", "lm_head", "embed_out")
+
+Layers = str | Sequence[int] | None  # "last:2", numbers from 0, or all and what is outside of them
 
 
 class LowRank(nn.Module):
@@ -59,6 +63,16 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight.T if is_transposed(layer) else weight
 
 
+def check_layers(layers: Layers) -> None:
+    """Raise ``ValueError`` unless ``layers`` is null, last:N, or numbers of layers."""
+    if isinstance(layers, str):
+        fits = re.fullmatch("last:[1-9][0-9]*", layers) is not None
+    else:
+        fits = layers is None or (len(layers) > 0 and min(layers) >= 0)
+    if not fits:
+        raise ValueError(f"layers is null, last:N or a list of numbers from 0, got {layers!r}")
+
+
 def targets_of(model: nn.Module, targets: str | Sequence[str]) -> list[tuple[str, nn.Module]]:
     """Return the (name, layer) pairs that ``targets`` names, in the model's order.
 
@@ -87,15 +101,23 @@ def targets_of(model: nn.Module, targets: str | Sequence[str]) -> list[tuple[str
 
 
 def attach(
-    model: nn.Module, targets: str | Sequence[str], rank: int, scaling: float, *, middle: bool
+    model: nn.Module,
+    targets: str | Sequence[str],
+    rank: int,
+    scaling: float,
+    *,
+    middle: bool,
+    layers: Layers = None,
 ) -> list[tuple[str, LowRank]]:
-    """Freeze ``model``, put a ``LowRank`` at each target, and return them by name.
+    """Freeze ``model``, put a ``LowRank`` at each target in ``layers``, and return them by name.
 
     Fresh heads (``model.heads``) stay trainable. The factors are uninitialised and frozen.
     """
     chosen = targets_of(model, targets)
     if not chosen:
         raise ValueError(f"adapter.targets: {targets!r} matches no linear layer of the model")
+    if layers is not None:
+        chosen = _within(model, chosen, layers)
     for name, layer in chosen:
         largest = min(weight_of(layer).shape)
         if rank > largest:
@@ -152,7 +174,38 @@ def load_base(model: nn.Module, base: Params) -> None:
     if shapes != {name: weight.shape for name, weight in base.items()}:
         raise ValueError("the base received does not fit this model's adapted layers")
     for name, weight in base.items():
-        weight_of(layers[name].base).data.copy_(weight)
+        weight_of(layers[name].base).detach().copy_(weight)  # not .data: that it moved can be seen
+
+
+def _within(
+    model: nn.Module, chosen: list[tuple[str, nn.Module]], layers: str | Sequence[int]
+) -> list[tuple[str, nn.Module]]:
+    """Return which of the ``chosen`` (name, layer) pairs are in ``layers`` of the model's stack."""
+    found = {n: len(s) for n, s in stacks(model).items() if _inside(chosen, [n])}
+    if len(found) != 1:
+        what = " and ".join(found) or "no"
+        raise ValueError(
+            f"adapter.layers needs one stack of equal layers, and this model has {what}: "
+            "choose by adapter.targets instead"
+        )
+    ((stack, depth),) = found.items()
+    wanted = _last(layers, depth) if isinstance(layers, str) else sorted(set(layers))
+    if wanted[0] < 0 or wanted[-1] >= depth:
+        raise ValueError(f"adapter.layers: this model has layers 0 to {depth - 1}, got {layers}")
+    inside = _inside(chosen, [f"{stack}.{number}" for number in wanted])
+    if not inside:
+        raise ValueError(f"adapter.layers: {layers} holds none of adapter.targets")
+    return inside
+
+
+def _last(layers: str, depth: int) -> list[int]:
+    return list(range(depth - int(layers.removeprefix("last:")), depth))
+
+
+def _inside(
+    chosen: list[tuple[str, nn.Module]], parts: Sequence[str]
+) -> list[tuple[str, nn.Module]]:
+    return [(n, m) for n, m in chosen if n.startswith(tuple(f"{part}." for part in parts))]
 
 
 def _ends(name: str, endings: Sequence[str]) -> bool:

@@ -26,10 +26,15 @@ class Logits(nn.Module):
     prefix: ClassVar[str] = "backbone."
 
     def __init__(
-        self, backbone: "PreTrainedModel", attention: str, heads: tuple[str, ...] = ()
+        self,
+        backbone: "PreTrainedModel",
+        attention: str,
+        heads: tuple[str, ...] = (),
+        prefix_cache_mb: int = 0,
     ) -> None:
         """Wrap ``backbone``; ``attention`` is what the user asked for, ``heads`` are full names."""
         super().__init__()
+        self.prefix_cache_mb = prefix_cache_mb
         self.backbone = backbone
         self.attention = attention
         self.heads = heads
@@ -42,9 +47,11 @@ class Logits(nn.Module):
 class MeanPooled(Logits):
     """An encoder and a linear ``classifier`` on the mean of its last hidden states."""
 
-    def __init__(self, backbone: "PreTrainedModel", attention: str, classes: int) -> None:
+    def __init__(
+        self, backbone: "PreTrainedModel", attention: str, classes: int, prefix_cache_mb: int = 0
+    ) -> None:
         """Wrap ``backbone`` and draw the classifier from torch's global generator."""
-        super().__init__(backbone, attention, heads=("classifier",))
+        super().__init__(backbone, attention, ("classifier",), prefix_cache_mb)
         self.classifier = nn.Linear(backbone.config.get_text_config().hidden_size, classes)
 
     def forward(self, **inputs: Tensor) -> Tensor:
@@ -66,6 +73,7 @@ class _HuggingFace:
     tokenizer_name: str | None = None  # folder, hub id or tokenizer.json; None: that of the model
     attention: str = "auto"  # or a name transformers knows: sdpa, eager, fedsys_bmm, ...
     gradient_checkpointing: bool = False
+    prefix_cache_mb: int = 1024  # memory for what frozen blocks below the adapters make of rows
 
     pads: ClassVar[bool] = True  # whether the model itself looks for padding, by its id
 
@@ -80,6 +88,8 @@ class _HuggingFace:
             raise ValueError("config must name a model_type, such as bert, llama or gpt2")
         if self.config is not None and self.tokenizer_name is None:
             raise ValueError("config needs tokenizer_name: a folder, hub id or tokenizer.json")
+        if self.prefix_cache_mb < 0:
+            raise ValueError(f"prefix_cache_mb must not be negative, got {self.prefix_cache_mb}")
 
     def check(self) -> list[str]:
         """Return what is missing, without loading any weights."""
@@ -176,7 +186,7 @@ class HFClassifier(_HuggingFace):
             for name, _ in model.named_parameters()
             if name in untrained
         )
-        return Logits(model, self.attention, tuple(owners))
+        return Logits(model, self.attention, tuple(owners), self.prefix_cache_mb)
 
     def _mean(self, config: "PreTrainedConfig", classes: int) -> nn.Module:
         from transformers import AutoModel
@@ -184,7 +194,7 @@ class HFClassifier(_HuggingFace):
         model, _ = self._load(AutoModel, config)
         if getattr(model, "pooler", None) is not None:
             model.register_module("pooler", None)  # its parameters would get no gradient
-        return MeanPooled(model, self.attention, classes)
+        return MeanPooled(model, self.attention, classes, self.prefix_cache_mb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +218,7 @@ class HFCausal(_HuggingFace):
                 f"model.name: {self.name} lacks weights that a causal model needs, such as "
                 f"{min(untrained)}; is it an encoder?"
             )
-        return Logits(model, self.attention)
+        return Logits(model, self.attention, prefix_cache_mb=self.prefix_cache_mb)
 
 
 def _drop_nothing(config: "PreTrainedConfig") -> None:
