@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format bench bench-env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,7 +14,8 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff format"
-	@echo "make bench      the benchmarks"
+	@echo "make bench-env  environments for the peers that the benchmarks compare with"
+	@echo "make bench      the benchmarks: under half an hour; without bench-env, no peers"
 	@echo "make clean      remove caches and build products; .venv and runs stay"
 
 # torch comes first and pinned: an unpinned torch pulls several GB of GPU packages.
@@ -58,6 +59,16 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks
+
+# A peer has an environment of its own, with the same torch; pfl's bounds contradict constraints.txt.
+bench-env: .bench/pfl/.installed .bench/flower/.installed
+
+.bench/%/.installed: benchmarks/peers/%.txt $(STAMP)
+	@echo "installing into .bench/$*; it takes minutes"
+	@$(BIN)/python -m venv .bench/$*
+	@.bench/$*/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0
+	@.bench/$*/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,14 +1,18 @@
-"""How fast a round is, against the plain PyTorch loop on the same work.
+"""How fast a round is, beside other engines on the same work.
 
-W1 is many tiny clients (``experiment=bench_w1``), W2 adapters on MiniLM (``experiment=bench_w2``).
-Both engines start from the same weights and see the same rows in the same order; that their
-updates agree is checked before anything is timed. Each engine is a process of its own, so that it
-has its own peak of memory, and they take turns: what else the machine does hits both alike, and a
-ratio is that of neighbours.
+W1 is many tiny clients (``experiment=bench_w1``), W2 adapters on MiniLM (``experiment=bench_w2``),
+W3 the same with sample-level privacy. All engines start from the same weights and see the same
+rows in the same order; that their updates of round 1 agree is checked before anything is timed.
+Each engine is a process of its own, a peer's in an environment of its own (``make bench-env``), and
+they take turns: what else the machine does hits all alike, and a ratio is that of neighbours.
+
+What a peer's process imports from here (``on_pfl``, ``on_flower``, ``work``, ``pace``, ``plain``)
+needs neither fedsys nor Hydra: it is handed its work in a file.
 """
 
 import os
 
-# Both are read when the libraries are imported.
+# All are read when the libraries are imported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

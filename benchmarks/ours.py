@@ -1,10 +1,15 @@
-"""fedsys itself: its strategy over its embedded engine."""
+"""fedsys itself: its strategy over its embedded engine.
 
+``python -m benchmarks.ours THREADS OVERRIDE...``
+"""
+
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
-from benchmarks.pace import Pace
+from benchmarks.pace import Finished, Pace, open_pace
 from clients import CohortApp
-from fedsys.config import Experiment
+from fedsys.config import Experiment, configure
 from fedsys.engines.local import LocalGrid
 from fedsys.federation import assemble, chunk_size
 from fedsys.params import Params
@@ -42,3 +47,9 @@ def run(experiment: Experiment, pace: Pace) -> None:
         federation.strategy.start(
             grid, federation.initial, ENDLESS, experiment.timeout, recorder=Timekeeper(pace, start)
         )
+
+
+if __name__ == "__main__":
+    clock = open_pace()
+    with suppress(Finished):
+        run(configure([*sys.argv[2:], f"engine.threads={sys.argv[1]}", "device=cpu"]), clock)

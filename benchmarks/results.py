@@ -1,17 +1,18 @@
-"""From turns to figures, a table of them, and a file."""
+"""From turns to figures: a row a case, a row a ratio, a row for what else is to hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
-from benchmarks.cases import Case, Group
-from benchmarks.pace import Lap, Report
-from benchmarks.worker import SIZE, Machine
+from benchmarks.cases import FIRST_ROUND, IDLE_BYTES, SHARE, Case, Group, Ratio
+from benchmarks.machine import Machine
+from benchmarks.pace import Lap
+from benchmarks.worker import Report, Update
+
+Row = dict[str, Any]
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Result:
 
     case: Case
     first: Report
+    update: Update
     turns: list[Report] = field(default_factory=list)
 
     def laps(self, what: Callable[[Lap], float]) -> list[float]:
@@ -28,113 +30,123 @@ class Result:
 
     @property
     def peak_mb(self) -> float:
-        """The peak memory of the process."""
+        """The peak memory of the process and all below it."""
         return max(turn.peak_mb for turn in (self.first, *self.turns))
 
 
 def wall(lap: Lap) -> float:
     """Return the seconds that passed."""
-    return lap.wall
+    return lap[0]
 
 
 def cpu(lap: Lap) -> float:
     """Return the seconds that processors worked."""
-    return lap.cpu
+    return lap[1]
 
 
-def ratios(base: Result, other: Result, what: Callable[[Lap], float]) -> list[float]:
-    """Return how many times longer than ``other`` its neighbour ``base`` took, turn by turn."""
+def ratios(slow: Result, fast: Result, what: Callable[[Lap], float]) -> list[float]:
+    """Return how many times longer than its neighbour ``fast`` ``slow`` took, turn by turn."""
     return [
         median(map(what, mine.laps)) / median(map(what, theirs.laps))
-        for mine, theirs in zip(base.turns, other.turns, strict=True)
+        for mine, theirs in zip(slow.turns, fast.turns, strict=True)
     ]
 
 
-def difference(base: Result, other: Result) -> float:
-    """Return the distance of the updates of round 1, relative to the norm of that of ``base``.
+def difference(base: Update, other: Update) -> float:
+    """Return the distance of two updates, relative to the norm of ``base``.
 
     Infinite when they are not of the same tensors.
     """
-    mine, theirs = base.first.update, other.first.update
-    if {n: v.shape for n, v in mine.items()} != {n: v.shape for n, v in theirs.items()}:
+    if {n: v.shape for n, v in base.items()} != {n: v.shape for n, v in other.items()}:
         return float("inf")
-    gap = sum(float(np.square(mine[name] - theirs[name]).sum()) for name in mine)
-    return float(np.sqrt(gap / sum(float(np.square(value).sum()) for value in mine.values())))
+    gap = sum(float(np.square(base[name] - other[name]).sum()) for name in base)
+    return float(np.sqrt(gap / sum(float(np.square(value).sum()) for value in base.values())))
 
 
-def summarise(group: Group, results: list[Result]) -> list[dict[str, Any]]:
-    """Return a row a case."""
-    base = results[0]
+def case_rows(group: Group, results: Sequence[Result]) -> list[Row]:
+    """Return the figures of each case; the update's distance is that from the first case."""
     rows = []
     for result in results:
-        case = result.case
-        row: dict[str, Any] = {"group": group.name, **asdict(case), "peak_mb": result.peak_mb}
-        for name, what in (("wall", wall), ("cpu", cpu)):
-            row[f"{name}_seconds"] = result.laps(what)
-            row[f"{name}_ratios"] = [] if result is base else ratios(base, result, what)
-        same_work = result is not base and case.engine != base.case.engine
-        row["update_difference"] = difference(base, result) if same_work else None
-        rows.append(row)
+        compared = result.case.tolerance is not None
+        rows.append(
+            {
+                "kind": "case",
+                "group": group.name,
+                "name": result.case.name,
+                **asdict(result.case),
+                "wall_seconds": result.laps(wall),
+                "cpu_seconds": result.laps(cpu),
+                "peak_mb": result.peak_mb,
+                "first_seconds": result.first.seconds,
+                "update_off": difference(results[0].update, result.update) if compared else None,
+            }
+        )
     return rows
 
 
-def table(rows: list[dict[str, Any]], machine: Machine) -> Table:
-    """Return all rows and the machine as one table."""
-    versions = machine.environment["packages"]
-    products = ", ".join(f"{name} {value:.0f}" for name, value in machine.gflops.items())
-    shown = Table(
-        title=f"A round on {machine.threads} of {machine.environment['cpus']} CPUs: median, range",
-        caption=f"Products of {SIZE} x {SIZE} matrices, GFLOP/s: {products}. "
-        f"torch {versions.get('torch')}, flwr {versions.get('flwr')}, "
-        f"transformers {versions.get('transformers')}. Ratios: the first of a group over this one.",
-        box=box.SIMPLE_HEAD,
-    )
-    for _ in ("group", "case"):
-        shown.add_column("", overflow="fold")
-    heads = (
-        "wall\nms",
-        "CPU\nms",
-        "peak\nMB",
-        "wall\nratio",
-        "CPU\nratio",
-        "target",
-        "update\noff",
-    )
-    for head in heads:
-        shown.add_column(head, justify="right", overflow="fold")
-    group = None
-    for row in rows:
-        if group not in (None, row["group"]):
-            shown.add_section()
-        shown.add_row("" if group == row["group"] else row["group"], *_cells(row))
-        group = row["group"]
-    return shown
+def ratio_rows(group: Group, results: Sequence[Result]) -> list[Row]:
+    """Return the ratios of cases that were run; the worse of wall and CPU time decides."""
+    by_name = {result.case.name: result for result in results}
+    rows = []
+    for ratio in group.ratios:
+        if ratio.slow in by_name and ratio.fast in by_name:
+            pair = by_name[ratio.slow], by_name[ratio.fast]
+            figures = {"wall_ratios": ratios(*pair, wall), "cpu_ratios": ratios(*pair, cpu)}
+            middles = [median(values) for values in figures.values()]
+            value = max(middles) if ratio.least is None else min(middles)
+            rows.append(_ratio_row(group, ratio) | figures | _verdict(value, ratio))
+    return rows
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    off = row["update_difference"]
-    return [
-        row["label"],
-        _spread(row["wall_seconds"], 1000),
-        _spread(row["cpu_seconds"], 1000),
-        f"{row['peak_mb']:.0f}",
-        _spread(row["wall_ratios"]),
-        _spread(row["cpu_ratios"]),
-        _verdict(row),
-        "" if off is None else f"{off:.1e}",
-    ]
+def _ratio_row(group: Group, ratio: Ratio) -> Row:
+    return {"kind": "ratio", "group": group.name, "name": f"{ratio.slow} / {ratio.fast}"}
 
 
-def _verdict(row: dict[str, Any]) -> str:
-    if row["target"] is None:
-        return ""
-    met = median(row["cpu_ratios"]) >= row["target"]
-    return f">= {row['target']:.2g}\n{'met' if met else '[bold red]missed'}"
+def _verdict(value: float, bound: Ratio) -> Row:
+    least, most = bound.least, bound.most
+    return {"value": value, "least": least, "most": most, "met": met(value, least, most)}
 
 
-def _spread(values: list[float], scale: float = 1) -> str:
-    if not values:
-        return ""
-    low, middle, high = (scale * value for value in (min(values), median(values), max(values)))
-    digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
-    return f"{middle:.{digits}f}\n[dim]{low:.{digits}f}-{high:.{digits}f}"
+def met(value: float, least: float | None, most: float | None) -> bool | None:
+    """Return whether ``value`` is within its bounds; None if it has none."""
+    if least is None and most is None:
+        return None
+    return (least is None or value >= least) and (most is None or value <= most)
+
+
+def adapter_figures(results: Sequence[Result], flop: int, machine: Machine) -> list[Row]:
+    """Return what is to hold of fedsys on W2: its first round, its share of the limit."""
+    rows = []
+    for result in results:
+        case = result.case
+        if case.engine == "ours":
+            share = share_of_limit(flop, median(result.laps(cpu)), case.precision, machine)
+            name = f"{case.name}: share of the limit of matrix products"
+            rows.append(_figure("w2", name, share, least=SHARE[case.precision]))
+            name = f"{case.name}: seconds from the start to the end of round 1"
+            rows.append(_figure("w2", name, result.first.seconds, most=FIRST_ROUND))
+    return rows
+
+
+def share_of_limit(flop: int, seconds: float, precision: str, machine: Machine) -> float:
+    """Return the operations a CPU second, over those of one thread in a product of matrices."""
+    return flop / seconds / (1e9 * machine.gflops[precision] / machine.threads)
+
+
+def scaling_figures(results: Sequence[Result], clients: Mapping[str, int]) -> list[Row]:
+    """Return the memory of an idle client, between the fewest and the most ``clients`` by name."""
+    ordered = sorted(results, key=lambda result: clients[result.case.name])
+    fewest, most = ordered[0], ordered[-1]
+    apart = clients[most.case.name] - clients[fewest.case.name]
+    each = (most.peak_mb - fewest.peak_mb) * 2**20 / apart
+    return [_figure("scaling", "bytes of an idle client", each, most=IDLE_BYTES)]
+
+
+def _figure(
+    group: str, name: str, value: float, least: float | None = None, most: float | None = None
+) -> Row:
+    return {"kind": "figure", "group": group, "name": name, "value": value} | {
+        "least": least,
+        "most": most,
+        "met": met(value, least, most),
+    }
