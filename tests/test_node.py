@@ -814,7 +814,7 @@ def test_a_slow_client_is_waited_for(node: Node, server: Server) -> None:
     assert server.received.has_content()
 
 
-def test_without_superexec_the_loop_ends(node: Node, server: Server) -> None:
+def test_without_a_starter_of_client_apps_the_loop_ends(node: Node, server: Server) -> None:
     server.ask()
     node.pull()
     node.apps.alive = False

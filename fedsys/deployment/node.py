@@ -1,9 +1,9 @@
 """The process that is a device's SuperNode: ``python -m fedsys.deployment.node FOLDER``.
 
-It is Flower's own, with ``fedsys.deployment.gate`` around its loop, and a superexec of its own that
-starts a ClientApp for each message. What people should hear goes to its standard output, an object
-of JSON a line; the rest, ClientApps included, to its standard error. It ends with whoever started
-it, and all that it has started ends with it.
+It is Flower's own, with ``fedsys.deployment.gate`` around its loop, and starts a ClientApp for each
+message (``fedsys.deployment.starter``). What people should hear goes to its standard output, an
+object of JSON a line; the rest, ClientApps included, to its standard error. It ends with whoever
+started it, and all that it has started ends with it.
 
 Private names of Flower's SuperNode process are in this file only.
 """
@@ -13,11 +13,9 @@ import contextlib
 import logging
 import os
 import re
-import resource
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -86,7 +84,6 @@ def environment(device: Device) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # of this machine's own memory: 1 s is long
         # Flower starts its parts by name.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
@@ -97,7 +94,7 @@ def environment(device: Device) -> dict[str, str]:
 
 
 def serve(device: Device, keys: "Keys | None", heard: "Heard") -> None:
-    """Be the SuperNode of ``device`` until it loses its server, or superexec.
+    """Be the SuperNode of ``device`` until it loses its server.
 
     Raises ``SystemExit`` when told to stop, and when it cannot connect.
     """
@@ -109,15 +106,16 @@ def serve(device: Device, keys: "Keys | None", heard: "Heard") -> None:
     from flwr.supernode.nodestate import NodeStateFactory
 
     from fedsys.deployment.gate import Gate
+    from fedsys.deployment.starter import Starter
 
     logging.getLogger("flwr").addHandler(heard)
     port = device.settings.port or _free_port()
-    secret = device.state / "flwr" / "superexec.secret"
-    apps = Superexec(device, port, secret)
+    secret = secrets.token_bytes(32)
     add_exit_handler(lambda: kill(descendants(os.getpid())))
     states = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
-    _start_api(states, secret.read_bytes(), port)
-    gate = Gate(device, apps, partial(heard.write, HEARD))
+    _start_api(states, secret, port)
+    starter = Starter(f"{HOST}:{port}", secret, device.settings.memory_mb)
+    gate = Gate(device, starter, partial(heard.write, HEARD))
     vars(loop).update(
         _pull_and_store_message=partial(gate.pull, loop._pull_and_store_message),
         _push_messages=partial(gate.push, loop._push_messages),
@@ -129,41 +127,11 @@ def serve(device: Device, keys: "Keys | None", heard: "Heard") -> None:
         root_certificates=(device.folder / "ca.crt").read_bytes() if device.secure else None,
         insecure=not device.secure,
         authentication_keys=keys,
-        isolation=ISOLATION_MODE_PROCESS,  # its superexec is ours, which knows its limits
+        isolation=ISOLATION_MODE_PROCESS,  # ClientApps are started by us, who know the limits
         runtime_api_address=f"{HOST}:{port}",
-        superexec_auth_secret=secret.read_bytes(),
+        superexec_auth_secret=secret,
         runtime_dependency_install=False,
     )
-
-
-class Superexec:
-    """What starts ClientApps, within the limits of the device; see ``fedsys.deployment.gate``."""
-
-    def __init__(self, device: Device, port: int, secret: Path) -> None:
-        """Start it; ``secret`` is the file by which the node at ``port`` knows it."""
-        secret.parent.mkdir(parents=True, exist_ok=True)
-        secret.unlink(missing_ok=True)
-        with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-        command = ["flower-superexec", "--insecure", "--runtime-api-address", f"{HOST}:{port}"]
-        command += ["--superexec-auth-secret-file", str(secret), "--parent-pid", str(os.getpid())]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        if device.settings.memory_mb is not None:
-            # Of what a process writes to. Its address space is far larger, above all with a GPU.
-            limit = int(device.settings.memory_mb * 2**20)
-            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (limit, limit))
-
-    def can_start(self) -> bool:
-        """Return whether it lives."""
-        return self._process.poll() is None
-
-    def any_runs(self) -> bool:
-        """Return whether a ClientApp lives."""
-        return bool(descendants(self._process.pid))
-
-    def end(self) -> None:
-        """End all ClientApps."""
-        kill(descendants(self._process.pid))
 
 
 def _start_api(states: "NodeStateFactory", secret: bytes, port: int) -> None:
