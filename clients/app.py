@@ -91,7 +91,7 @@ class CohortApp(ClientApp):
                 answers[place] = known
         if fresh:
             chosen = [messages[place] for place in fresh], [contexts[place] for place in fresh]
-            made = self._answers(site, guard, *chosen, list(fresh.values()))
+            made = self._answers(site, guard, *chosen, list(fresh.values()), len(messages) == 1)
             answers.update(zip(fresh, made, strict=True))
         for place, answer in answers.items():
             replies[place] = _answer(messages[place], answer.arrays, answer.metrics, answer.spent)
@@ -104,11 +104,12 @@ class CohortApp(ClientApp):
         messages: list[Message],
         contexts: list[Context],
         charges: list[Charge],
+        alone: bool,
     ) -> list[Answer]:
         """Train on what ``charges`` pay for, and return the answers, which are kept and entered."""
         rows = [site.rows(context) for context in contexts]
         private = tuple(guard.private(charge) for charge in charges)
-        with guard.silent(charges):
+        with guard.silent(charges, alone):
             results = self._trained(site, messages, contexts, rows, private)
         answers = [
             guard.answer(charge, arrays, {wire.NUM_EXAMPLES: charge.owner.num_examples})
@@ -188,7 +189,7 @@ class CohortApp(ClientApp):
             charge = guard.initial_charge(partition_of(context), owner, start_of(site, arrays))
             answer = guard.known(charge)
             if answer is None:
-                with guard.silent([charge]):
+                with guard.silent([charge], alone=True):
                     sums = site.noised_gradients(rows, guard.private(charge))
                 answer = guard.answer(charge, sums, {wire.NUM_EXAMPLES: len(rows)})
                 guard.keep([charge], [answer])

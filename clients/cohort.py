@@ -66,9 +66,9 @@ def train_cohort(
     trained = start.expand(len(order), -1).clone()
     losses = torch.zeros(len(order))
     active = len(order)
+    flat, leaves, optimizer = _begin(task, trained, lr, None)
     if task.model.prefix is not None:
         task.model.remember(task.examples, plan[plan >= 0])
-    flat, leaves, optimizer = _begin(task, trained, lr, None)
     for step in range(plan.shape[1]):
         if (still := int((steps > step).sum())) < active:
             active = still

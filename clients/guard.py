@@ -130,17 +130,17 @@ class Guard:
         return Answer(arrays, metrics, charge.stream.id, self._with(charge))
 
     @contextmanager
-    def silent(self, charges: Sequence[Charge]) -> Iterator[None]:
+    def silent(self, charges: Sequence[Charge], alone: bool) -> Iterator[None]:
         """Let nothing but the fact of a failure leave the block, and that not unpaid.
 
-        What went wrong may tell of the rows. Of several clients it is not known whose failure it
-        is: nothing has left them then, and they are asked one by one.
+        What went wrong may tell of the rows. Of several clients, unless one is asked ``alone``, it
+        is not known whose failure it is: nothing has left them then, and they are asked one by one.
         """
         try:
             yield
         except Exception as error:
             log.exception("private training failed")
-            if len(charges) == 1:
+            if alone:
                 (charge,) = charges
                 self.ledger.append([self._entry(charge, Answer({}, {}, charge.stream.id, ()))])
             raise RuntimeError("the client failed, and does not say why") from error

@@ -130,7 +130,7 @@ def _work(experiment: Experiment) -> Iterator[Check]:
     )
     chunk = getattr(experiment.engine, "chunk", None)
     if chunk is None:
-        detail = "clients trained in one pass: chosen by the size of their work"
+        detail = "clients trained in one pass: chosen by the work and the memory"
     else:
         passes = math.ceil((cohort if rate is None else rate * clients) / chunk)
         detail = f"{chunk} clients trained in one pass, so {passes} passes a round"

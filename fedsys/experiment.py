@@ -28,7 +28,7 @@ from fedsys.participation_picture import plot_participation
 from fedsys.privacy.observed import Observed
 from fedsys.protection import protected
 from fedsys.records import RoundRecord
-from fedsys.run_folder import Metrics, RunFolder, new_run_id
+from fedsys.run_folder import Metrics, RunFolder, chunk_of, new_run_id
 from fedsys.snapshot import Snapshot
 from fedsys.strategy import Strategy
 
@@ -85,9 +85,11 @@ def run_experiment(experiment: Experiment, observer: Observer | None = None) -> 
 def _run_here(experiment: Experiment, told: Observer) -> RunResult:
     """Run ``experiment`` with its clients in this process."""
     federation = assemble(experiment, told.phase)
-    clients, chunk = len(federation.shards), chunk_size(federation)
-    grid = LocalGrid(CohortApp(lambda _: federation.site), clients, chunk=chunk)
-    return run_federation(federation, grid, grid.states, told)
+    # The bits of a run depend on the chunk, and the chunk may on what memory was free.
+    chunk = chunk_of(experiment.out) or chunk_size(federation)
+    app = CohortApp(lambda _: federation.site)
+    grid = LocalGrid(app, len(federation.shards), chunk=chunk)
+    return run_federation(federation, grid, grid.states, told, chunk=chunk)
 
 
 def run_federation(
@@ -97,10 +99,12 @@ def run_federation(
     observer: Observer,
     engine: str = "local",
     run: str = "",
+    chunk: int | None = None,
 ) -> RunResult:
     """Train over ``grid``; ``clients`` are the memories that its simulated clients keep, if any.
 
-    ``run`` is the id of a run that clients elsewhere know already; "" for a new one.
+    ``run`` is the id of a run that clients elsewhere know already; "" for a new one. ``chunk`` is
+    how many clients train in one pass, where they do.
     """
     experiment = federation.experiment
     if experiment.fault is not None:
@@ -115,7 +119,7 @@ def run_federation(
     with folder.locked():
         if not folder.exists():
             _describe_partition(federation)
-            folder.create(experiment.resolved, experiment.overrides, run or new_run_id())
+            folder.create(experiment.resolved, experiment.overrides, run or new_run_id(), chunk)
         with protected(federation, clients_here=engine == "local") as folder.ledger:
             summary = _train(federation, grid, folder, observer, engine)
     _report(experiment.out)

@@ -213,7 +213,7 @@ def chunk_size(federation: Federation) -> int:
     if experiment.engine.chunk is not None:
         return int(experiment.engine.chunk)
     limit = min(_largest_chunk(federation), LARGEST_CHUNK)
-    if federation.device.type == "cpu":  # a GPU is the better used the larger its work
+    if federation.device.type != "cuda":  # that is the better used the larger its work
         rows = federation.site.training.batch_size * federation.dataset.train.positions
         limit = min(limit, POSITIONS // rows)
     limit = max(1, limit)
@@ -228,8 +228,11 @@ def _largest_chunk(federation: Federation) -> int:
     left = available(federation.device)
     if left is None:
         return LARGEST_CHUNK
-    rows = torch.arange(training.batch_size) % len(federation.dataset.train)
-    batch = federation.dataset.train.batch(rows)
+    examples = federation.dataset.train
+    rows = torch.arange(len(examples))
+    if (lengths := examples.lengths(rows)) is not None:  # the longest, which take the most
+        rows = lengths.argsort(descending=True)
+    batch = examples.batch(rows[torch.arange(training.batch_size) % len(rows)])
     inputs = {n: v.to(federation.device) for n, v in batch.items() if n != "labels"}
     leaves = model.layout.unpack(model.initial[None].to(federation.device))
     model.bind({name: nn.Parameter(value) for name, value in leaves.items()})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 _MEMINFO = Path("/proc/meminfo")
-_GROUP = Path("/sys/fs/cgroup")  # of a container: memory.max, memory.current
+_GROUP = Path("/sys/fs/cgroup")  # of a container: memory.max, memory.current, memory.stat
 _SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -27,7 +27,11 @@ def _limits() -> Iterator[int]:
     try:
         most = (_GROUP / "memory.max").read_text().strip()
         if most != "max":
-            yield int(most) - int((_GROUP / "memory.current").read_text())
+            counts = dict(
+                line.split() for line in (_GROUP / "memory.stat").read_text().splitlines()
+            )
+            files = int(counts["active_file"]) + int(counts["inactive_file"])  # dropped on demand
+            yield int(most) - int((_GROUP / "memory.current").read_text()) + files
     except OSError:  # no container, or one of another kind
         return
 
@@ -54,8 +58,10 @@ def kept(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     return sum(sizes.values())
 
 
-def is_shortage(error: BaseException) -> bool:
-    """Return whether ``error`` says that memory, of the machine or of a GPU, was not enough."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _SHORTAGES)
+def is_shortage(error: BaseException | None) -> bool:
+    """Return whether ``error``, or what it came from, says that memory was not enough."""
+    if error is None:
+        return False
+    said = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in _SHORTAGES)
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return said or known or is_shortage(error.__cause__)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedsys.data.examples import Batch, Examples
+from fedsys.memory import is_shortage
 from fedsys.models.stacks import Stack, lower, replaced, stacks
 
 log = logging.getLogger(__name__)
@@ -57,18 +58,21 @@ class Prefix:
         trained: Collection[nn.Module],
         limit: int,
     ) -> None:
-        """Keep at most ``limit`` bytes; ``trained`` are the modules of ``model`` that train."""
+        """Keep at most ``limit`` bytes; ``trained`` are the modules of ``model`` that train.
+
+        A data set has the states of all its rows kept or of none: so bits depend on settings only.
+        """
         self.limit, self.held = limit, 0  # bytes
         self._model, self._stack, self._cut, self._trained = model, stack, cut, trained
         above = {m for top in (*list(stack)[cut:], *trained) for m in top.modules()}
         self._below = [m for m in model.modules() if m not in above]
         self._seen: dict[int, _Rows] = {}
-        self._token_bytes = 0  # of the states of one token
+        self._promised = 0  # bytes, of all rows of the data sets whose states are kept
         self._wrap: Callable[[Tensor], Any] = _plain  # how the block below the cut returns states
         self._weights: list[tuple[int, int]] = []
 
     def fill(self, examples: Examples, rows: Tensor) -> None:
-        """Compute and keep the states of ``rows`` (n,), as far as there is room.
+        """Compute and keep the states of ``rows`` (n,), unless ``examples`` take too much memory.
 
         To be called before ``states``, with one client bound to the model.
         """
@@ -78,13 +82,10 @@ class Prefix:
             if seen.refusal:
                 log.info("the frozen blocks are run for every batch: %s", seen.refusal)
         seen = self._seen[id(examples)]
-        new = [row for row in rows.unique().tolist() if row not in seen.states]
-        if seen.refusal or not new:
+        if seen.refusal:
             return
-        rows = torch.tensor(new)
-        lengths = _lengths(examples, rows)
-        fits = (lengths * self._token_bytes).cumsum(0) <= self.limit - self.held
-        found = self._computed(examples, rows[fits & (lengths > 0)])
+        new = torch.tensor([row for row in rows.unique().tolist() if row not in seen.states])
+        found = self._computed(examples, new[_lengths(examples, new) > 0]) if len(new) else {}
         seen.states.update(found)
         self.held += sum(states.nbytes for states in found.values())
 
@@ -95,14 +96,11 @@ class Prefix:
         """
         self._forget_if_moved()
         seen = self._seen.get(id(examples))
+        kept, own = seen.states if seen is not None else {}, rows.tolist()
         # A row without tokens has no states, and a head may look at the padding in its place.
-        if seen is None or seen.refusal or not len(rows) or not _lengths(examples, rows).all():
+        if not own or not all(row in kept for row in own):
             return {}
-        kept, own = seen.states, rows.tolist()
-        missing = sorted({row for row in own if row not in kept})
-        fresh = self._computed(examples, torch.tensor(missing)) if missing else {}
-        parts = [fresh[row] if row in fresh else kept[row] for row in own]
-        return {STATES: pad_sequence(parts, batch_first=True)}
+        return {STATES: pad_sequence([kept[row] for row in own], batch_first=True)}
 
     def given(self, states: Tensor) -> AbstractContextManager[None]:
         """Let ``states`` stand for the blocks below the cut, for a time."""
@@ -121,6 +119,8 @@ class Prefix:
         try:
             found = self._computed(examples, rows)
         except _FAILURES as error:
+            if is_shortage(error):
+                raise
             return f"{type(error).__name__}: {error}"
         finally:
             for hook in hooks:
@@ -130,8 +130,13 @@ class Prefix:
         parts = [found[row] for row in rows.tolist()]
         if any(x.dim() != 2 or len(x) != n for x, n in zip(parts, lengths[rows], strict=True)):
             return "their states are not those of a row's tokens"
-        self._token_bytes = parts[0][0].nbytes
-        return self._difference(batch, pad_sequence(parts, batch_first=True))
+        whole = int(lengths.sum()) * parts[0][0].nbytes
+        if whole > self.limit - self._promised:
+            return f"their states take {whole >> 20} MB, more than prefix_cache_mb leaves them"
+        if reason := self._difference(batch, pad_sequence(parts, batch_first=True)):
+            return reason
+        self._promised += whole
+        return ""
 
     @torch.no_grad()
     def _difference(self, batch: Batch, states: Tensor) -> str:
@@ -141,6 +146,8 @@ class Prefix:
             with self.given(states):
                 cut: Tensor = self._model(**batch)
         except _FAILURES as error:
+            if is_shortage(error):
+                raise
             return f"{type(error).__name__}: {error}"
         if whole.dim() == 3:  # a token's logits; those of padding are nobody's
             real = batch["attention_mask"].bool()
@@ -188,7 +195,7 @@ class Prefix:
             if tensor is not None
         ]
         if weights != self._weights:
-            self._weights, self.held = weights, 0
+            self._weights, self.held, self._promised = weights, 0, 0
             self._seen.clear()
 
 

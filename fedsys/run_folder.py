@@ -90,12 +90,15 @@ class RunFolder:
         """Return whether a run was begun here."""
         return (self.folder / "config.yaml").exists()
 
-    def create(self, resolved: Metrics, overrides: list[str], run: str) -> None:
+    def create(
+        self, resolved: Metrics, overrides: list[str], run: str, chunk: int | None = None
+    ) -> None:
         """Write what was asked for; the configuration last, since it makes a folder a run's.
 
-        ``run`` is the run's id, by which ledgers know it.
+        ``run`` is the run's id, by which ledgers know it, and ``chunk`` how many clients train in
+        one pass.
         """
-        facts = {"run": run, **environment()}
+        facts = {"run": run, "chunk": chunk, **environment()}
         write_whole(self.folder / "env.json", json.dumps(facts, indent=2) + "\n")
         write_whole(self.folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
         write_whole(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
@@ -232,8 +235,20 @@ def new_run_id() -> str:
 
 def id_of(folder: Path) -> str | None:
     """Return the id of the run in ``folder``; None where none was begun."""
+    run: str | None = _facts(folder).get("run")
+    return run
+
+
+def chunk_of(folder: Path) -> int | None:
+    """Return how many clients train in one pass in the run in ``folder``; None if not known."""
+    chunk: int | None = _facts(folder).get("chunk")
+    return chunk
+
+
+def _facts(folder: Path) -> Metrics:
     kept = folder / "env.json"
-    return json.loads(kept.read_text(encoding="utf-8"))["run"] if kept.is_file() else None
+    facts: Metrics = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    return facts
 
 
 def environment() -> Metrics:

@@ -165,7 +165,9 @@ def test_a_reply_that_may_not_leave_is_told_at_both_ends(refused: Refused) -> No
 def test_a_run_that_a_policy_forbids_is_told_at_the_device(
     refused: Refused, name: str, reason: str
 ) -> None:
-    assert re.search(f"refused a query.whoami message: {reason}", refused.deployment.said_by(name))
+    assert re.search(
+        f"no work on a query.whoami message: {reason}", refused.deployment.said_by(name)
+    )
     # None of its code was unpacked, and nothing of it was started.
     assert not list((refused.deployment.folder / name / "state" / "flwr").glob("apps/*"))
 

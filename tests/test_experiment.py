@@ -220,6 +220,36 @@ def test_the_chunk_follows_the_size_of_the_work(tmp_path: Path) -> None:
     assert chunk_size(assemble(large)) == 20  # 4096 // 128 = 32 would leave 8 over
 
 
+def test_where_memory_is_short_fewer_clients_share_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*SMALL, "num_clients=40", "client.batch_size=8", f"out={tmp_path / 'a'}"]
+    federation = assemble(fedsys.config.configure(overrides))
+    chunks = []
+    for power in range(30, -1, -1):
+        monkeypatch.setattr(fedsys.federation, "available", lambda _, free=2**power: free)
+        chunks.append(chunk_size(federation))
+    assert chunks == sorted(chunks, reverse=True)
+    assert {40, 20, 1} <= set(chunks)  # even ones, and one at least
+
+
+def test_a_resumed_run_keeps_its_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr(fedsys.experiment, "chunk_size", lambda _: 2)
+    fedsys.run([*SMALL, f"out={out}"])
+    monkeypatch.setattr(fedsys.experiment, "chunk_size", lambda _: 1)
+    used = []
+    grid = fedsys.experiment.LocalGrid
+
+    def noted(*args, chunk, **kwargs):
+        used.append(chunk)
+        return grid(*args, chunk=chunk, **kwargs)
+
+    monkeypatch.setattr(fedsys.experiment, "LocalGrid", noted)
+    fedsys.resume(out)
+    assert used == [2]
+
+
 def test_batches_of_one_length_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

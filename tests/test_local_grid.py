@@ -389,5 +389,13 @@ def test_where_memory_is_short_passes_are_smaller_from_then_on(room):
         replies = list(grid.stream(ask(grid, range(2, 22))))
         assert examples(replies) == list(range(1, 21))
         assert [r.metadata.src_node_id for r in replies] == list(range(2, 22))
-    assert max(app.passes) <= max(room, 2)  # what did not fit is not tried again
-    assert sum(count for count in app.passes if count <= room) == 20  # nobody trained twice
+    assert max(app.passes) <= room  # what did not fit is not tried again
+    assert sum(app.passes) == 20  # nobody trained twice
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5])
+def test_a_pass_that_does_not_fit_is_tried_a_few_times_only(room):
+    app = Cramped(room)
+    list(LocalGrid(app, 20, chunk=16).stream(ask(LocalGrid(app, 20), range(2, 22))))
+    failed = [count for count in app.passes if count > room]
+    assert failed == [size for size in (16, 8, 4, 2) if size > room]

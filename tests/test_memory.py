@@ -19,13 +19,17 @@ def test_what_is_there_is_some_of_what_the_machine_has() -> None:
     assert 0 < found <= total
 
 
-def test_a_container_may_have_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "left"), [("1000000", 600_000 + 70_000), ("max", 2048 * 1024)])
+def test_a_container_may_have_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, left: int
+) -> None:
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "_GROUP", tmp_path)
-    machine = memory.available(CPU)
-    (tmp_path / "memory.current").write_text("400\n")
-    for limit, left in (("1000\n", 600), ("max\n", machine)):
-        (tmp_path / "memory.max").write_text(limit)
-        assert memory.available(CPU) == pytest.approx(left, rel=0.2)
+    (tmp_path / "meminfo").write_text("MemTotal: 4096 kB\nMemAvailable: 2048 kB\n")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    (tmp_path / "memory.stat").write_text("anon 9\nactive_file 30000\ninactive_file 40000\n")
+    assert memory.available(CPU) == left
 
 
 def test_what_cannot_be_known_is_not_made_up(
@@ -61,6 +65,9 @@ def test_what_is_frozen_below_keeps_nothing() -> None:
 )
 def test_a_shortage_is_told_from_other_errors(error: Exception, short: bool) -> None:
     assert memory.is_shortage(error) is short
+    with pytest.raises(RuntimeError) as caught:
+        raise RuntimeError("the client failed, and does not say why") from error
+    assert memory.is_shortage(caught.value) is short
 
 
 def test_a_real_shortage_is_one() -> None:

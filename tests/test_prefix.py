@@ -207,7 +207,7 @@ def test_minilm_in_bfloat16_with_its_last_layers_adapted():
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
-    whole, cut = cohort_of(model, 0), cohort_of(model, 16)
+    whole, cut = cohort_of(model, 0), cohort_of(model, 100)
     rows = torch.tensor([5, 0, 9, 7])
     cut.remember(dataset.train, rows.flip(0))
     batch = dataset.train.batch(rows)
@@ -219,16 +219,26 @@ def test_minilm_in_bfloat16_with_its_last_layers_adapted():
 # ---- what is kept
 
 
-@pytest.mark.parametrize("kept", [0, 1, 7])
-def test_memory_is_bounded_and_its_bound_changes_no_bit(kept: int):
+@pytest.mark.parametrize("room", [-1, 0])
+def test_a_data_set_has_all_its_rows_kept_or_none(room: int):
     model, examples = attached("bert", ADAPTERS["lora"]), even(ROWS, 6)
-    free, bounded = cohort_of(model, 1), cohort_of(model, 1)
-    row = 6 * 16 * 4  # bytes
-    bounded.prefix.limit = kept * row + row - 1
+    free, bounded = cohort_of(model, 0), cohort_of(model, 1)
+    whole = ROWS * 6 * 16 * 4  # bytes
+    bounded.prefix.limit = whole + room
     for round in (1, 2):
         expected = trained(free, examples, round=round)
         assert torch.equal(trained(bounded, examples, round=round), expected)
-        assert bounded.prefix.held == kept * row
+    assert bounded.prefix.held == (whole if room == 0 else 0)
+
+
+def test_data_sets_share_the_memory():
+    cut = cohort_of(attached("bert", ADAPTERS["lora"]), 1)
+    first, second = even(ROWS, 6), even(ROWS, 6)
+    cut.prefix.limit = (ROWS * 6 + ROWS * 6 - 1) * 16 * 4
+    for examples in (first, second):
+        cut.remember(examples, torch.arange(ROWS))
+    assert cut.states(first, torch.arange(2))
+    assert not cut.states(second, torch.arange(2))
 
 
 def test_what_is_held_is_what_is_counted():

@@ -106,20 +106,11 @@ class Gate:
             self._let_in(runs[run_id], fab)
             return fab
 
-        def pull_object(run_id: int, object_id: str) -> bytes:
-            try:
-                content: bytes = given["pull_object"](run_id, object_id)
-                return content
-            except RunNotRunningException:
-                raise
-            except Exception as error:
-                lost.append(error)
-                raise
-
         lost: list[Exception] = []
         mine = {"receive": receive, "get_run": get_run, "get_fab": get_fab}
+        mine |= {n: _noting(lost, given[n]) for n in ("pull_object", "confirm_message_received")}
         try:
-            run_id = flowers(**given | mine | {"pull_object": pull_object})
+            run_id = flowers(**given | mine)
         except Refused as refusal:
             run_id = self._decline(refusal.code, str(refusal), given)
         if run_id is None and lost:
@@ -167,7 +158,7 @@ class Gate:
         """Answer the message in hand with ``reason``, and have it worked on by nobody."""
         message = self._in_hand()
         told = message.metadata
-        self._say(f"refused a {told.message_type} message: {reason}")
+        self._say(f"no work on a {told.message_type} message: {reason}")
         try:
             given["confirm_message_received"](told.run_id, told.message_id)
         except RunNotRunningException:
@@ -300,6 +291,21 @@ class _Judging:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._state, name)
+
+
+def _noting(errors: list[Exception], call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``call``, whose errors are noted, except that the run is over."""
+
+    def noted(*given: Any) -> Any:
+        try:
+            return call(*given)
+        except RunNotRunningException:
+            raise
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    return noted
 
 
 def _answers(reply: Message, asked: Message) -> bool:

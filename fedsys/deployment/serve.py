@@ -75,17 +75,22 @@ def deploy(experiment: "Experiment", told: Observer) -> "RunResult":
         raise ConfigError(["engine: only engine=deployment is served; others run by `fedsys run`"])
     if (known := finished(experiment.out, experiment.rounds)) is not None:
         return _shown(experiment, known, told)
+    experiment.out.mkdir(parents=True, exist_ok=True)
+    with hold(experiment.out / ".served.lock", f"another process serves {experiment.out}"):
+        summary = _served(experiment, engine, told)
+    return _shown(experiment, summary, told)
+
+
+def _served(experiment: "Experiment", engine: Deployment, told: Observer) -> Metrics:
+    """Run ``experiment`` on the SuperLink of its home, and return its summary."""
     app = bundle(experiment.allow)
     link = SuperLink(engine.home, engine.host, engine.port, engine.insecure)
     told.phase("starting the SuperLink")
     link.start()
     try:
-        experiment.out.mkdir(parents=True, exist_ok=True)
-        with hold(experiment.out / ".served.lock", f"another process serves {experiment.out}"):
-            summary = _Run(experiment, engine, link, app, told).complete()
+        return _Run(experiment, engine, link, app, told).complete()
     finally:
         _leave(link, engine.keep)
-    return _shown(experiment, summary, told)
 
 
 def _shown(experiment: "Experiment", summary: Metrics, told: Observer) -> "RunResult":

@@ -32,7 +32,7 @@ _RUN_ID = 1
 class Local:
     """Settings of the embedded engine."""
 
-    chunk: int | None = None  # clients trained in one pass; None: by the size of the work
+    chunk: int | None = None  # clients trained in one pass; None: by the work and the memory
     threads: int | None = None  # CPU threads of torch; None: one a core
 
     def __post_init__(self) -> None:
@@ -174,18 +174,22 @@ class LocalGrid(Grid):
         else:
             return self._kept(chunk, contexts, replies)
         # Here, where the error no longer holds what was in memory.
-        if short and len(chunk) > 2:
-            return self._halved(chunk)
+        if short:
+            return self._smaller(chunk)
         # One at a time, so that what broke the pass fails its own client only.
         return map(self._run_one, chunk)
 
-    def _halved(self, chunk: list[Message]) -> Iterator[Message]:
-        """Train ``chunk`` in two passes, and all that follow in passes no larger."""
-        self.chunk = half = (len(chunk) + 1) // 2
-        log.warning("%d clients do not fit into memory: from here on %d a pass", len(chunk), half)
+    def _smaller(self, chunk: list[Message]) -> Iterator[Message]:
+        """Train ``chunk``, for which memory was too short, in passes half as large.
+
+        So are all that follow.
+        """
+        self.chunk = min(self.chunk, (len(chunk) + 1) // 2)
+        log.warning("%d clients did not fit into memory: now %d a pass", len(chunk), self.chunk)
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
-        for part in (chunk[:half], chunk[half:]):
+        while chunk:
+            part, chunk = chunk[: self.chunk], chunk[self.chunk :]
             yield from self._run_together(part) if len(part) > 1 else map(self._run_one, part)
 
     def _kept(

@@ -121,6 +121,7 @@ def _ended_by_sigint(interrupted: Event) -> Iterator[None]:
 
     def end(*_: object) -> None:
         interrupted.set()
+        signal.signal(signal.SIGINT, before)  # the next one ends this process
         logging.getLogger("flwr").setLevel(logging.CRITICAL)  # clients will be missed
         kill([p for p in descendants(os.getpid()) if title(p).startswith("ray::")])
 
@@ -129,8 +130,8 @@ def _ended_by_sigint(interrupted: Event) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
+        if interrupted.is_set():  # whatever came of it
+            raise KeyboardInterrupt
 
 
 def _watch(grid: Any, interrupted: Event) -> None:

@@ -39,7 +39,7 @@ class Report:
         """Return what was found as rows of a table."""
         count = len(self.problems)
         verdict = f"{count} problem{'s' * (count > 1)}" if count else "as recorded"
-        if self.unread:
+        if self.unread and not count:
             verdict = f"not verified: {self.unread}"
         return [("run folder", str(self.folder)), *self.facts, ("result", verdict)]
 
