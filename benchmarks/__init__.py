@@ -1,8 +1,9 @@
 """How fast a round is, beside other engines on the same work.
 
 W1 is many tiny clients (``experiment=bench_w1``), W2 adapters on MiniLM (``experiment=bench_w2``),
-W3 the same with sample-level privacy. All engines start from the same weights and see the same
-rows in the same order; that their updates of round 1 agree is checked before anything is timed.
+W3 the same with sample-level privacy. All engines start from the same weights; in W1 and W2 they
+see the same rows in the same order, and that their updates of round 1 agree is checked before
+anything is timed. In W3 fedsys draws Poisson lots, of the size that the others' batches have.
 Each engine is a process of its own, a peer's in an environment of its own (``make bench-env``), and
 they take turns: what else the machine does hits all alike, and a ratio is that of neighbours.
 

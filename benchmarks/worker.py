@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".bench"
 PERIOD = 0.5  # seconds between two looks at the memory
 PATIENCE = 60.0  # seconds for an engine to end
+LONGEST = 900.0  # seconds of a turn
 Update = dict[str, NDArray[np.float64]]
 
 
@@ -80,6 +81,8 @@ class Worker:
         peak = 0.0
         while not select.select([self._process.stdout], [], [], PERIOD)[0]:
             peak = max(peak, memory_mb(self._process))
+            if time.perf_counter() - began > LONGEST:
+                raise Died(f"{self._case.name} has not answered for {LONGEST:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
