@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from clients.descent import Descent
 from clients.private import Private, private_gradients
 from clients.training import LocalTraining
 from fedsys.attacks import flip_labels
@@ -121,7 +121,7 @@ def _private_gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Ten
 
 def _step(
     task: Task,
-    optimizer: Optimizer,
+    optimizer: Descent,
     flat: nn.Parameter,
     leaves: Params,
     start: Tensor,
@@ -129,25 +129,28 @@ def _step(
     step: int,
 ) -> None:
     """Take one local step of every active client; the gradients of their losses are there."""
+    gradient = flat.grad
+    if gradient is None:
+        raise ValueError("without gradients there is no step to take")
     # After the noise of private training, so that what a strategy adds is not clipped away.
     with torch.no_grad():
         extra = task.local_gradient(leaves, task.model.layout.unpack(start))
-    if extra and flat.grad is not None:
+    if extra:
         # A name the strategy leaves out stands for zeros.
-        flat.grad += _join([extra.get(name, torch.zeros_like(x)) for name, x in leaves.items()])
+        gradient += _join([extra.get(name, torch.zeros_like(x)) for name, x in leaves.items()])
     if task.training.varies_in_round:
         before = flat.detach().clone()
-        optimizer.step()
+        optimizer.step(flat.data, gradient)
         # Every update is linear in lr, so a client's own step size is a fraction of the way.
         factors = task.training.step_factors(step, steps).to(flat)
         flat.data.copy_(torch.lerp(before, flat.data, factors[:, None]))
     else:
-        optimizer.step()
+        optimizer.step(flat.data, gradient)
 
 
 def _begin(
-    task: Task, rows: Tensor, lr: float, previous: Optimizer | None
-) -> tuple[nn.Parameter, Params, Optimizer]:
+    task: Task, rows: Tensor, lr: float, previous: Descent | None
+) -> tuple[nn.Parameter, Params, Descent]:
     """Return parameters that share the memory of ``rows`` (K, size), whole and by name.
 
     The optimizer over them goes on with the first K rows of the state of ``previous``.
@@ -156,12 +159,7 @@ def _begin(
     parts = task.model.layout.unpack(flat.data)
     leaves: Params = {name: nn.Parameter(part) for name, part in parts.items()}
     task.model.bind(leaves)
-    optimizer = task.training.make_optimizer(flat, lr)
-    for state in previous.state.values() if previous is not None else ():
-        optimizer.state[flat] = {
-            name: value[: len(flat)] if isinstance(value, Tensor) and value.dim() == 2 else value
-            for name, value in state.items()
-        }
+    optimizer = task.training.make_optimizer(lr) if previous is None else previous.first(len(rows))
     return flat, leaves, optimizer
 
 

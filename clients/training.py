@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from clients.descent import SGD, Adam, Descent
 from fedsys.seeds import generator
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -68,19 +68,12 @@ class LocalTraining:
                 allowed = ", ".join(get_args(kind))
                 raise ValueError(f"{name} is one of {allowed}, got {getattr(self, name)!r}")
 
-    def make_optimizer(self, param: nn.Parameter, lr: float) -> Optimizer:
+    def make_optimizer(self, lr: float) -> Descent:
         """Return a fresh optimizer, which acts on every number by itself and so on every client."""
         if self.optimizer == "sgd":
-            return SGD(
-                [param],
-                lr=lr,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-                nesterov=self.nesterov,
-            )
-        kind = Adam if self.optimizer == "adam" else AdamW
-        betas = (self.beta1, self.beta2)
-        return kind([param], lr=lr, betas=betas, eps=self.eps, weight_decay=self.weight_decay)
+            return SGD(lr, self.momentum, self.weight_decay, self.nesterov)
+        betas, decoupled = (self.beta1, self.beta2), self.optimizer == "adamw"
+        return Adam(lr, betas, self.eps, self.weight_decay, decoupled)
 
     def round_lr(self, round: int, rounds: int) -> float:
         """Return the base step size of ``round`` in [1, rounds]."""

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -178,20 +180,57 @@ def test_lr_over_the_rounds():
 # ---- optimizers
 
 
-def test_optimizers_get_the_hyperparameters():
-    words = {"beta1": 0.7, "beta2": 0.8, "eps": 1e-3, "weight_decay": 0.2}
-    param = nn.Parameter(torch.zeros(2))
-    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
-        made = LocalTraining(lr=9, optimizer=name, **words).make_optimizer(param, 0.5)
-        (group,) = made.param_groups
-        assert type(made) is kind
-        assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.7, 0.8), 1e-3)
-        assert group["weight_decay"] == 0.2
-    sgd = LocalTraining(lr=9, momentum=0.6, nesterov=True, weight_decay=0.2)
-    (group,) = sgd.make_optimizer(param, 0.5).param_groups
-    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.5, 0.6, True)
-    assert group["weight_decay"] == 0.2
-    assert group["dampening"] == 0
+ADAM = {"beta1": 0.7, "beta2": 0.8, "eps": 1e-3, "weight_decay": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "torchs", "settings"),
+    [
+        ("sgd", {}, torch.optim.SGD, {}),
+        ("sgd", {"weight_decay": 0.2}, torch.optim.SGD, {"weight_decay": 0.2}),
+        ("sgd", {"momentum": 0.6}, torch.optim.SGD, {"momentum": 0.6}),
+        (
+            "sgd",
+            {"momentum": 0.6, "nesterov": True, "weight_decay": 0.2},
+            torch.optim.SGD,
+            {"momentum": 0.6, "nesterov": True, "weight_decay": 0.2},
+        ),
+        ("adam", ADAM, torch.optim.Adam, {"betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.2}),
+        ("adamw", ADAM, torch.optim.AdamW, {"betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.2}),
+    ],
+)
+def test_optimizers_step_to_the_bits_of_torchs(name, words, torchs, settings):
+    draw = torch.Generator().manual_seed(3)
+    start, gradients = torch.randn(4, 5, generator=draw), torch.randn(6, 4, 5, generator=draw)
+    own, theirs = start.clone(), nn.Parameter(start.clone())
+    ours = LocalTraining(lr=9, optimizer=name, **words).make_optimizer(0.05)
+    reference = torchs([theirs], lr=0.05, **settings)
+    for gradient in gradients[:3]:
+        ours.step(own, gradient)
+        theirs.grad = gradient.clone()
+        reference.step()
+        assert torch.equal(own, theirs)
+    # The first rows go on as if the others had never been.
+    ours, own = ours.first(2), own[:2].clone()
+    for gradient in gradients[3:]:
+        ours.step(own, gradient[:2])
+        theirs.grad = gradient.clone()
+        reference.step()
+        assert torch.equal(own, theirs[:2])
+
+
+def test_training_does_not_load_torchs_compiler():
+    code = """
+import sys, torch
+from clients.training import LocalTraining
+for name in ("sgd", "adam", "adamw"):
+    param = torch.zeros(2, 3)
+    LocalTraining(lr=1, optimizer=name).make_optimizer(0.1).step(param, torch.ones(2, 3))
+    assert param.any()
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(
