@@ -87,6 +87,8 @@ def train_cohort(
 def _padded(batches: list[Tensor]) -> Tensor:
     """Return the clients' plans (steps_k, size_k) as one (K, steps, size), filled up with -1."""
     steps, size = (max(part.shape[dim] for part in batches) for dim in (0, 1))
+    if all(part.shape == (steps, size) for part in batches):
+        return torch.stack(batches)
     parts = [F.pad(p, (0, size - p.shape[1], 0, steps - len(p)), value=-1) for p in batches]
     return torch.stack(parts)
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fedsys.data.examples import IGNORE
 
+NARROW = 16  # classes
+MANY = 4096  # logits
+
 __all__ = ["IGNORE", "client_losses", "row_hits", "row_losses", "weightless"]
 
 
@@ -31,9 +34,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         distance = (logits - labels).masked_fill(unknown, 0)
         return distance.square().sum(1) / 2, (~unknown).any(1).long()
     logits, labels = _aligned(logits, labels)
-    flat = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE
-    )
+    flat = _cross_entropy(logits.flatten(0, 1), labels.flatten())
     return flat.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
 
 
@@ -56,6 +57,16 @@ def client_losses(logits: Tensor, labels: Tensor, clients: int) -> Tensor:
 def weightless(labels: Tensor) -> float:
     """Return the value that a label without weight has among ``labels``."""
     return math.nan if labels.is_floating_point() else IGNORE
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss (n,) of each row of ``logits`` (n, C); 0 where the label is ``IGNORE``."""
+    narrow = logits.shape[1] < NARROW and logits.numel() > MANY
+    if narrow and logits.device.type == "cpu":
+        # Over few classes the kernel takes one number at a time; over rows it does not.
+        by_class = logits.t()[None], labels[None]
+        return F.cross_entropy(*by_class, reduction="none", ignore_index=IGNORE)[0]
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
 
 
 def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedsys.losses import IGNORE, client_losses, row_hits, row_losses, weightless
+from fedsys.losses import (
+    IGNORE,
+    MANY,
+    NARROW,
+    client_losses,
+    row_hits,
+    row_losses,
+    weightless,
+)
 
 
 def drawn(*shape: int) -> Tensor:
@@ -24,6 +32,22 @@ def test_classes():
     assert row_hits(logits, best).tolist() == [1, 1, 1]
     assert row_hits(logits, (best + 1) % 4).tolist() == [0, 0, 0]
     assert row_hits(logits, torch.where(torch.arange(3) == 1, IGNORE, best)).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("classes", [2, 10, NARROW])
+def test_many_rows_have_the_losses_of_each(classes: int):
+    rows = 2 * MANY // classes
+    logits = drawn(rows, classes).requires_grad_()
+    labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(1))
+    labels[::7] = IGNORE
+    sums, counts = row_losses(logits, labels)
+    expected = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
+    torch.testing.assert_close(sums, expected)
+    assert torch.equal(counts, (labels != IGNORE).long())
+    gradients = [
+        torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (sums, expected)
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_token_is_predicted_by_the_position_before_it():

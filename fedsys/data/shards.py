@@ -1,11 +1,14 @@
 """Who holds which rows."""
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fedsys.seeds import numpy_generator
+
+KEPT = 2**20  # rows that were drawn
 
 
 class Shards(ABC):
@@ -67,6 +70,8 @@ class BootstrapShards(Shards):
         self._examples = examples
         self._total = total
         self._seed = seed
+        # Of clients that were asked lately, for they may be asked again.
+        self._drawn = lru_cache(max(1, KEPT // max(examples, 1)))(self._draw)
 
     def __len__(self) -> int:
         """Return the number of clients."""
@@ -76,6 +81,9 @@ class BootstrapShards(Shards):
         """Return the rows of ``client``, (examples,) int64."""
         if not 0 <= client < self._num_clients:
             raise IndexError(f"client {client} of {self._num_clients}")
+        return self._drawn(client)
+
+    def _draw(self, client: int) -> Tensor:
         draw = numpy_generator(self._seed, "partition", client)
         return torch.from_numpy(draw.integers(self._total, size=self._examples))
 
