@@ -62,8 +62,9 @@ class CohortApp(ClientApp):
         """Train, and reply with what comes of it."""
         rows = [site.rows(context) for context in contexts]
         results = self._trained(site, messages, contexts, rows, ())
+        basis = basis_of(messages[0])  # and of all, who carry the same arrays
         return [
-            _answer(message, arrays, {wire.NUM_EXAMPLES: len(own), "train_loss": loss})
+            _answer(message, arrays, {wire.NUM_EXAMPLES: len(own), "train_loss": loss}, basis)
             for message, own, (arrays, loss) in zip(messages, rows, results, strict=True)
         ]
 
@@ -94,7 +95,8 @@ class CohortApp(ClientApp):
             made = self._answers(site, guard, *chosen, list(fresh.values()), len(messages) == 1)
             answers.update(zip(fresh, made, strict=True))
         for place, answer in answers.items():
-            replies[place] = _answer(messages[place], answer.arrays, answer.metrics, answer.spent)
+            message, basis = messages[place], basis_of(messages[place])
+            replies[place] = _answer(message, answer.arrays, answer.metrics, basis, answer.spent)
         return [replies[place] for place in range(len(messages))]
 
     def _answers(
@@ -193,7 +195,8 @@ class CohortApp(ClientApp):
                     sums = site.noised_gradients(rows, guard.private(charge))
                 answer = guard.answer(charge, sums, {wire.NUM_EXAMPLES: len(rows)})
                 guard.keep([charge], [answer])
-            return _answer(message, answer.arrays, answer.metrics, answer.spent)
+            basis = basis_of(message)
+            return _answer(message, answer.arrays, answer.metrics, basis, answer.spent)
         if site.secagg is not None:
             raise ValueError("this client sends sums of many clients only, and this one is its own")
         rows = rows[: site.init_examples]
@@ -204,7 +207,7 @@ class CohortApp(ClientApp):
         )
         sums = summed_gradients(site.model, batches)
         spent = guard.spent(owner) if guard is not None else None
-        return _answer(message, sums, {wire.NUM_EXAMPLES: len(rows)}, spent)
+        return _answer(message, sums, {wire.NUM_EXAMPLES: len(rows)}, basis_of(message), spent)
 
     def _evaluate(self, message: Message, context: Context) -> Message:
         """Reply with the loss and accuracy of x_t on the client's own rows."""
@@ -241,13 +244,21 @@ def number_of(message: Message, partition: int) -> int:
     return int(str(config_of(message.content).get(wire.CLIENT, partition)))
 
 
+def basis_of(message: Message) -> str:
+    """Return the digest of what is frozen, by which the message is to be answered."""
+    return str(config_of(message.content).get(wire.BASIS, ""))
+
+
 def _answer(
-    message: Message, arrays: Params, metrics: dict[str, float], spent: Spent | None = None
+    message: Message,
+    arrays: Params,
+    metrics: dict[str, float],
+    basis: str,
+    spent: Spent | None = None,
 ) -> Message:
     """Return the reply with ``arrays``, and what the client has spent where it is private."""
     reply = RecordDict({wire.ARRAYS: wire.encode(arrays), wire.METRICS: MetricRecord({**metrics})})
-    basis = config_of(message.content).get(wire.BASIS)
-    facts = {wire.BASIS: basis} if basis else {}  # ``load`` has checked that it is this client's
+    facts: dict[str, Any] = {wire.BASIS: basis} if basis else {}  # ``load`` has checked it
     if spent is not None:
         facts[wire.SPENT] = wire.spent_numbers(spent)
     if facts:

@@ -6,7 +6,7 @@ those that were sent, numbers are finite, counts are counts, and what is frozen 
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -51,9 +51,10 @@ def read_update(
     """
     with _blaming(client):
         content = content_of(reply)
-        arrays = _only(content, ArrayRecord)
+        records = list(content.values())
+        arrays = _only(records, ArrayRecord)
         delta = _decoded(arrays, decode_reply) if decode_reply else _difference(arrays, sent)
-        metrics = read_metrics(_only(content, MetricRecord))
+        metrics = read_metrics(_only(records, MetricRecord))
         if _basis_of(content) != basis:
             raise ValueError(_OTHER_FACTORS)
     if decode_reply is None and layout is not None and PACKED in delta:
@@ -68,7 +69,7 @@ def read_masked(reply: Message, client: int, basis: str = "") -> int:
     """
     with _blaming(client):
         content = content_of(reply)
-        metrics = read_metrics(_only(content, MetricRecord))
+        metrics = read_metrics(_only(content.values(), MetricRecord))
         if _basis_of(content) != basis:
             raise ValueError(_OTHER_FACTORS)
     return int(metrics[NUM_EXAMPLES])
@@ -82,7 +83,7 @@ def read_arrays(reply: Message, client: int, shapes: Mapping[str, tuple[int, ...
     """
     with _blaming(client):
         content = content_of(reply)
-        arrays = decode(_only(content, ArrayRecord))
+        arrays = decode(_only(content.values(), ArrayRecord))
         if {name: tuple(value.shape) for name, value in arrays.items()} != dict(shapes):
             raise ValueError("names or shapes of the arrays are not those asked for")
         for name, value in arrays.items():
@@ -98,7 +99,7 @@ def read_arrays(reply: Message, client: int, shapes: Mapping[str, tuple[int, ...
 def read_reply_metrics(reply: Message, client: int) -> dict[str, float]:
     """Return an evaluation reply's metrics; raise ``ClientFailure`` when it cannot be used."""
     with _blaming(client):
-        return read_metrics(_only(content_of(reply), MetricRecord))
+        return read_metrics(_only(content_of(reply).values(), MetricRecord))
 
 
 def read_metrics(record: MetricRecord) -> dict[str, float]:
@@ -182,8 +183,8 @@ def legible(text: str) -> str:
     return words if words.isprintable() else "".join(c if c.isprintable() else "?" for c in words)
 
 
-def _only(content: RecordDict, kind: type[_R]) -> _R:
-    found = [record for record in content.values() if isinstance(record, kind)]
+def _only(records: Iterable[object], kind: type[_R]) -> _R:
+    found = [record for record in records if isinstance(record, kind)]
     if len(found) != 1:
         raise ValueError(f"expected one {kind.__name__} in the reply, got {len(found)}")
     return found[0]
@@ -202,7 +203,7 @@ def _decoded(received: ArrayRecord, decode_reply: Callable[[Params], Params]) ->
 
 
 def _difference(received: ArrayRecord, sent: ArrayRecord) -> Params:
-    if received.keys() != sent.keys():
+    if len(received) != len(sent) or any(name not in received for name in sent):
         odd = sorted(received.keys() ^ sent.keys())[:3]
         raise ValueError(f"tensor names differ from those sent: {', '.join(odd):.200}")
     delta = {}
