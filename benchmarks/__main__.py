@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    names = [group.name for group in groups(bfloat16=False)]
+    names = [group.name for group in groups(bfloat16=True)]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", default=",".join(names), help="of %(default)s")
     parser.add_argument("--turns", type=int, help="of each case, instead of the group's own")
