@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -866,6 +866,30 @@ def test_why_a_private_client_failed_stays_with_it_and_is_paid_for(
     assert set(said.reasons) == {"RuntimeError: the client failed, and does not say why"}
     assert {entry.mechanism for entry in entered} == {mechanism}
     assert len(entered) == 5
+
+
+class AsksOneLater(LocalGrid):
+    """Asks all but the first client alone, and then all of them in one pass."""
+
+    federation: Federation
+
+    def stream(self, messages: Iterable[Message], timeout: float = 0.0) -> Iterator[Message]:
+        asked = list(messages)
+        list(super().stream(asked[1:]))
+        rows = self.federation.shards.rows(0)
+        self.federation.dataset.train.labels[rows] = 77  # of ten classes
+        return super().stream(asked)
+
+
+def test_who_fails_in_a_pass_with_stored_replies_pays_once(tmp_path: Path) -> None:
+    federation = federation_of(tmp_path, *SAMPLE, Z)
+    with protected(federation, clients_here=True):
+        grid = AsksOneLater(app_of(federation), 5, chunk=5)
+        grid.federation = federation
+        federation.strategy.start(grid, federation.initial, 1)
+        entered = by_client(read(tmp_path / "ledger"))
+    assert len(entered) == 5
+    assert {len(own) for own in entered.values()} == {1}
 
 
 def test_a_count_that_would_spend_the_budget_is_refused_before_the_first_round(

@@ -300,6 +300,7 @@ def test_a_run_is_served_by_one_process_at_a_time(plan: Plan, played) -> None:
     link = played(always(RUNNING))
     with hold(plan.out / ".served.lock", "here"), pytest.raises(Busy, match="another process"):
         serve(plan)
+    assert not hasattr(link, "where")  # whose SuperLink it is, is not touched
     assert link.settings == []
     assert link.stopped_runs == []
 

@@ -40,7 +40,7 @@ from fedsys.json_lines import strict, write_whole
 log = logging.getLogger(__name__)
 
 _UNUSABLE = "policy.yaml of this device cannot be used, so nothing runs on it"
-_NO_STARTER = "the process that starts ClientApps has ended"
+_NO_STARTER = "what starts ClientApps has ended"
 _LOST = "the message could not be fetched whole"
 _RESTARTED = "the device was restarted before it had answered"
 _POLL = 0.25  # seconds
