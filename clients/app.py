@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from torch import Tensor
@@ -34,7 +34,7 @@ class CohortApp(ClientApp):
         """Serve the clients of ``site(context)``; ``mods`` see one message at a time."""
         super().__init__(mods=mods)
         self._site = site
-        self.train()(lambda message, context: self.train_cohort([message], [context])[0])
+        self.train()(self._train_one)
         self.train("gradient")(self._gradient)
         for action in ACTIONS:
             self.train(action)(partial(summed.answer, action, site))
@@ -57,6 +57,11 @@ class CohortApp(ClientApp):
         if site.secagg is not None:
             return summed.train_masked(site, train, _refusal, messages, contexts)
         return train(messages, contexts)
+
+    def _train_one(self, message: Message, context: Context) -> Message:
+        """Train one client, and reply with a message of Flower's own class, which can travel."""
+        (reply,) = self.train_cohort([message], [context])
+        return reply.plain(message) if isinstance(reply, wire.Reply) else reply
 
     def _train(self, site: Site, messages: list[Message], contexts: list[Context]) -> list[Message]:
         """Train, and reply with what comes of it."""
@@ -196,7 +201,8 @@ class CohortApp(ClientApp):
                 answer = guard.answer(charge, sums, {wire.NUM_EXAMPLES: len(rows)})
                 guard.keep([charge], [answer])
             basis = basis_of(message)
-            return _answer(message, answer.arrays, answer.metrics, basis, answer.spent)
+            reply = _answer(message, answer.arrays, answer.metrics, basis, answer.spent)
+            return reply.plain(message)
         if site.secagg is not None:
             raise ValueError("this client sends sums of many clients only, and this one is its own")
         rows = rows[: site.init_examples]
@@ -207,7 +213,8 @@ class CohortApp(ClientApp):
         )
         sums = summed_gradients(site.model, batches)
         spent = guard.spent(owner) if guard is not None else None
-        return _answer(message, sums, {wire.NUM_EXAMPLES: len(rows)}, basis_of(message), spent)
+        reply = _answer(message, sums, {wire.NUM_EXAMPLES: len(rows)}, basis_of(message), spent)
+        return reply.plain(message)
 
     def _evaluate(self, message: Message, context: Context) -> Message:
         """Reply with the loss and accuracy of x_t on the client's own rows."""
@@ -255,15 +262,12 @@ def _answer(
     metrics: dict[str, float],
     basis: str,
     spent: Spent | None = None,
-) -> Message:
+) -> wire.Reply:
     """Return the reply with ``arrays``, and what the client has spent where it is private."""
-    reply = RecordDict({wire.ARRAYS: wire.encode(arrays), wire.METRICS: MetricRecord({**metrics})})
     facts: dict[str, Any] = {wire.BASIS: basis} if basis else {}  # ``load`` has checked it
     if spent is not None:
         facts[wire.SPENT] = wire.spent_numbers(spent)
-    if facts:
-        reply[wire.REPLY] = ConfigRecord(facts)
-    return Message(reply, reply_to=message)
+    return wire.Reply(message, arrays, metrics, facts)
 
 
 def _refusal(message: Message, error: Exception) -> Message:

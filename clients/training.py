@@ -123,11 +123,13 @@ class LocalTraining:
         if self.order == "stream":
             return self._stream(rows, round)
         draw = generator(seed, "batches", round, client)
-        count, size, total = len(rows), self.batch_size, self.num_steps(len(rows))
-        each = math.ceil(count / size)
+        count, size = rows.shape[0], self.batch_size  # len(rows) takes longer
+        total, each = self.num_steps(count), math.ceil(count / size)
         epochs = []
         for epoch in range(math.ceil(total / each)):
-            order = torch.randperm(count, generator=draw)[: (total - epoch * each) * size]
+            order = torch.randperm(count, generator=draw)
+            if (left := total - epoch * each) < each:
+                order = order[: left * size]
             if self.group_by_length and lengths is not None:
                 order = order[lengths[order].argsort(stable=True)]
             epochs.append(_filled(rows.index_select(0, order), size))
@@ -150,7 +152,7 @@ class LocalTraining:
 
 def _filled(rows: Tensor, size: int) -> Tensor:
     """Return ``rows`` (n,) with -1 after them up to a multiple of ``size``."""
-    short = -len(rows) % size
+    short = -rows.shape[0] % size
     return nn.functional.pad(rows, (0, short), value=-1) if short else rows
 
 

@@ -83,12 +83,14 @@ class TensorArray(Array):
         return self.plain.deflate()
 
 
-def tensor_of(array: Array) -> Tensor:
-    """Return an array's tensor.
+def tensor_of(array: Array | Tensor) -> Tensor:
+    """Return an array's tensor, or the tensor that stands for one.
 
     Raises ``ValueError`` when its bytes are not those of ``np.save``, hold objects, or do not have
     the dtype and the shape they claim.
     """
+    if isinstance(array, Tensor):
+        return array
     if isinstance(array, TensorArray):
         return array.tensor
     try:
@@ -127,8 +129,10 @@ def _read(array: Array) -> NDArray[np.generic]:
     return flat.reshape(shape, order="F" if header[2] == b"True" else "C")
 
 
-def array_bytes(array: Array) -> int:
+def array_bytes(array: Array | Tensor) -> int:
     """Return how many bytes the numbers of ``array`` take when serialised."""
+    if isinstance(array, Tensor):
+        return _npy_bytes(array)
     if isinstance(array, TensorArray):
         return _npy_bytes(array.tensor)
     return len(array.data)

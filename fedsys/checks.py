@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsys.arrays import tensor_of
 from fedsys.errors import ClientFailure
-from fedsys.messages import BASIS, NUM_EXAMPLES, PACKED, REPLY, SPENT, decode
+from fedsys.messages import BASIS, NUM_EXAMPLES, PACKED, REPLY, SPENT, Arrays, Reply, decode
 from fedsys.params import Layout, Params
 from fedsys.privacy.release import Release, Spent, merged
 from fedsys.update import Update
@@ -50,12 +50,10 @@ def read_update(
     would take for it), no positive number of examples, another basis.
     """
     with _blaming(client):
-        content = content_of(reply)
-        records = list(content.values())
-        arrays = _only(records, ArrayRecord)
+        arrays, numbers, facts = _records_of(reply)
         delta = _decoded(arrays, decode_reply) if decode_reply else _difference(arrays, sent)
-        metrics = read_metrics(_only(records, MetricRecord))
-        if _basis_of(content) != basis:
+        metrics = read_metrics(numbers)
+        if facts.get(BASIS, "") != basis:
             raise ValueError(_OTHER_FACTORS)
     if decode_reply is None and layout is not None and PACKED in delta:
         delta = layout.views(delta[PACKED])
@@ -70,7 +68,7 @@ def read_masked(reply: Message, client: int, basis: str = "") -> int:
     with _blaming(client):
         content = content_of(reply)
         metrics = read_metrics(_only(content.values(), MetricRecord))
-        if _basis_of(content) != basis:
+        if _facts(content).get(BASIS, "") != basis:
             raise ValueError(_OTHER_FACTORS)
     return int(metrics[NUM_EXAMPLES])
 
@@ -102,7 +100,7 @@ def read_reply_metrics(reply: Message, client: int) -> dict[str, float]:
         return read_metrics(_only(content_of(reply).values(), MetricRecord))
 
 
-def read_metrics(record: MetricRecord) -> dict[str, float]:
+def read_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """Return the scalar metrics; lists are left out.
 
     Raises ``ValueError`` unless all are finite and ``num-examples`` is a count.
@@ -183,6 +181,20 @@ def legible(text: str) -> str:
     return words if words.isprintable() else "".join(c if c.isprintable() else "?" for c in words)
 
 
+def _records_of(reply: Message) -> tuple[Arrays, Mapping[str, Any], Mapping[str, Any]]:
+    """Return the arrays of a reply, its metrics, and what it says besides."""
+    if isinstance(reply, Reply) and reply.held is not None:
+        return reply.held
+    content = content_of(reply)
+    records = list(content.values())
+    return _only(records, ArrayRecord), _only(records, MetricRecord), _facts(content)
+
+
+def _facts(content: RecordDict) -> Mapping[str, Any]:
+    record: Mapping[str, Any] = content.get(REPLY, {})
+    return record
+
+
 def _only(records: Iterable[object], kind: type[_R]) -> _R:
     found = [record for record in records if isinstance(record, kind)]
     if len(found) != 1:
@@ -190,11 +202,7 @@ def _only(records: Iterable[object], kind: type[_R]) -> _R:
     return found[0]
 
 
-def _basis_of(content: RecordDict) -> object:
-    return content[REPLY].get(BASIS, "") if REPLY in content else ""
-
-
-def _decoded(received: ArrayRecord, decode_reply: Callable[[Params], Params]) -> Params:
+def _decoded(received: Arrays, decode_reply: Callable[[Params], Params]) -> Params:
     delta = decode_reply(decode(received))
     for name, value in delta.items():
         if value.dtype == torch.float64:  # others are finite, which the codec has seen to
@@ -202,8 +210,8 @@ def _decoded(received: ArrayRecord, decode_reply: Callable[[Params], Params]) ->
     return delta
 
 
-def _difference(received: ArrayRecord, sent: ArrayRecord) -> Params:
-    if len(received) != len(sent) or any(name not in received for name in sent):
+def _difference(received: Arrays, sent: ArrayRecord) -> Params:
+    if received.keys() != sent.keys():
         odd = sorted(received.keys() ^ sent.keys())[:3]
         raise ValueError(f"tensor names differ from those sent: {', '.join(odd):.200}")
     delta = {}

@@ -19,9 +19,11 @@ One packed vector keeps the framing of many small matrices below a few per cent 
 An app of somebody else's knows nothing of it and meets plain named arrays.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsys.arrays import TensorArray, array_bytes, tensor_of
@@ -34,8 +36,48 @@ ROUND, BASIS, NUM_EXAMPLES, CLIENT = "server-round", "basis", "num-examples", "c
 BASE, MOVES, ACCEPTED, CHECKPOINTS = "base", "moves", "accepted", "checkpoints"
 SPENT = "spent"
 
+Arrays = Mapping[str, Array | Tensor]
+
 # What Flower's serialisation puts around a record and an array: types, hashes, lengths.
 _PER_RECORD, _PER_ARRAY = 160, 330
+
+_NOT_MADE = RecordDict()  # nobody sees it
+
+
+class Reply(Message):
+    """A reply that makes records of what it holds when somebody asks for its content.
+
+    Where client and server are one process nobody does, and records cost more than a small update.
+    Nobody may change what it holds.
+    """
+
+    def __init__(
+        self, to: Message, arrays: Params, metrics: dict[str, float], facts: dict[str, Any]
+    ) -> None:
+        """Reply to ``to``."""
+        super().__init__(_NOT_MADE, reply_to=to)
+        # By record; None once the content is made.
+        self.held: tuple[Params, dict[str, float], dict[str, Any]] | None = arrays, metrics, facts
+
+    @property
+    def content(self) -> RecordDict:
+        """The content, which may be changed."""
+        if self.held is not None:
+            arrays, metrics, facts = self.held
+            records = RecordDict({ARRAYS: encode(arrays), METRICS: MetricRecord({**metrics})})
+            if facts:
+                records[REPLY] = ConfigRecord({**facts})
+            self.content = records
+        return super().content
+
+    @content.setter
+    def content(self, value: RecordDict) -> None:
+        self.held = None
+        Message.content.fset(self, value)  # type: ignore[attr-defined]
+
+    def plain(self, to: Message) -> Message:
+        """Return it as Flower's own class, replying to ``to``: that can leave the process."""
+        return Message(self.content, reply_to=to)
 
 
 def encode(params: Params, layout: Layout | None = None) -> ArrayRecord:
@@ -55,7 +97,7 @@ def encode_flat(flat: Tensor) -> ArrayRecord:
     return record
 
 
-def decode(record: ArrayRecord, layout: Layout | None = None) -> Params:
+def decode(record: Arrays, layout: Layout | None = None) -> Params:
     """Return the record's tensors by name; raise ``ValueError`` when they do not fit ``layout``."""
     tensors = {name: tensor_of(array) for name, array in record.items()}
     if PACKED not in tensors:
@@ -101,16 +143,31 @@ def numbers(params: Params) -> int:
 
 def wire_bytes(content: RecordDict) -> int:
     """Return the bytes of ``content`` as Flower serialises it, transport framing excluded."""
-    return sum(_PER_RECORD + _record_bytes(record) for record in content.values())
+    return _bytes_of(content.values())
 
 
-def _record_bytes(record: ArrayRecord | MetricRecord | ConfigRecord) -> int:
-    if isinstance(record, ArrayRecord):
-        return sum(_PER_ARRAY + len(name) + array_bytes(array) for name, array in record.items())
-    return sum(len(name) + _value_bytes(value) for name, value in record.items())
+def reply_bytes(reply: Message) -> int:
+    """Return the bytes of what ``reply`` holds, as ``wire_bytes`` does."""
+    if isinstance(reply, Reply) and reply.held is not None:
+        arrays, metrics, facts = reply.held
+        return _bytes_of((arrays, metrics, facts) if facts else (arrays, metrics))
+    return wire_bytes(reply.content)
+
+
+def _bytes_of(records: Iterable[Mapping[str, Any]]) -> int:
+    total = 0
+    for record in records:
+        total += _PER_RECORD
+        for name, value in record.items():
+            total += len(name) + _value_bytes(value)
+    return total
 
 
 def _value_bytes(value: object) -> int:
+    if isinstance(value, float | int):
+        return 8
+    if isinstance(value, Array | Tensor):
+        return _PER_ARRAY + array_bytes(value)
     if isinstance(value, list):
         return sum(map(_value_bytes, value))
     return len(value) if isinstance(value, str | bytes) else 8

@@ -231,7 +231,7 @@ class Round:
             else:
                 self._heard.add(client)
                 if reply.has_content() and client not in self.shadow:
-                    self.bytes_up += messages.wire_bytes(reply.content)
+                    self.bytes_up += messages.reply_bytes(reply)
                 yield client, reply
 
     def _client_asked(self, reply: Message, clients: Mapping[int, int]) -> int | None:

@@ -485,6 +485,71 @@ def test_only_a_client_failure_comes_out_of_a_reply(content):
             assert got.num_examples >= 1
 
 
+# ---- replies that make their records when asked
+
+
+def unmade(params=None, metrics=None, facts=None) -> messages.Reply:
+    params = {name: t + t.new_ones(()) for name, t in SENT.items()} if params is None else params
+    metrics = {"num-examples": 3, "train_loss": 0.5} if metrics is None else metrics
+    return messages.Reply(asked(), params, metrics, facts or {})
+
+
+def outcome(reply, **options):
+    try:
+        update = read(reply, **options)
+    except ClientFailure as failure:
+        return failure.reason
+    delta = {name: value.tolist() for name, value in update.delta.items()}
+    return update.client, delta, update.num_examples, update.metrics
+
+
+NUMBERS = {name: st.sampled_from([3, 0, 0.5, float("nan")]) for name in ("num-examples", "loss")}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.fixed_dictionaries({}, optional={n: st.sampled_from(list(SENT.values())) for n in SENT}),
+    st.fixed_dictionaries({}, optional=NUMBERS),
+    st.sampled_from([{}, {"basis": ""}, {"basis": "abc"}]),
+)
+def test_a_reply_is_judged_alike_whether_or_not_its_records_are_made(params, metrics, facts):
+    for options in ({}, {"basis": "abc"}):
+        reply = unmade(params, metrics, facts)
+        size, before = messages.reply_bytes(reply), outcome(reply, **options)
+        assert reply.held is not None
+        made = Message(reply.content, reply_to=asked())
+        assert reply.held is None
+        assert outcome(reply, **options) == outcome(made, **options) == before
+        assert messages.reply_bytes(reply) == messages.wire_bytes(made.content) == size
+
+
+def test_an_unmade_reply_of_good_numbers_is_used():
+    update = read(unmade(facts={"basis": "abc"}), basis="abc")
+    assert (update.num_examples, update.metrics) == (3, {"train_loss": 0.5})
+    for name, delta in update.delta.items():
+        assert torch.allclose(delta, torch.ones_like(delta)), name
+    assert "w holds NaN" in reason(unmade(SENT | {"w": other(fill=torch.nan)}))
+
+
+def test_whoever_changes_what_a_reply_holds_is_heard():
+    reply = unmade()
+    assert reply.content is reply.content
+    reply.content["metrics"] = MetricRecord({"num-examples": 8})
+    assert read(reply).num_examples == 8
+    changed = copy(unmade())
+    changed.content = RecordDict()
+    assert "expected one ArrayRecord" in reason(changed)
+
+
+def test_what_leaves_the_process_is_a_message_of_flowers_own_class():
+    reply = unmade(facts={"basis": "abc"})
+    left = reply.plain(asked())
+    assert type(left) is Message
+    assert left.content == reply.content
+    assert left.metadata.src_node_id == reply.metadata.src_node_id == 2
+    assert set(left.content) == {"arrays", "metrics", "reply"}
+
+
 # ---- bytes
 
 
