@@ -5,9 +5,11 @@ A name that is absent stands for zeros, so ``{}`` is the zero vector of every mo
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
+from types import MethodDescriptorType, WrapperDescriptorType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,13 +146,40 @@ class Layout:
 class Views(dict[str, Tensor]):
     """``Params`` that are views of one vector: sums of them take one addition, not one a name.
 
-    Not to be changed: whoever wants other tensors makes another dict.
+    Not to be changed: whoever wants other tensors makes another dict. The views are made when
+    somebody looks, since to make them takes longer than to add a small vector.
     """
 
     def __init__(self, layout: Layout, flat: Tensor) -> None:
         """View ``flat`` (size,) as ``layout`` says."""
-        super().__init__(layout.unpack(flat))
         self.layout, self.flat = layout, flat
+        self._made = False
+
+    def __reduce__(self) -> tuple[type["Views"], tuple[Layout, Tensor]]:
+        """Copy and pickle by the vector."""
+        return Views, (self.layout, self.flat)
+
+    def _make(self) -> None:
+        if not self._made:
+            self._made = True
+            dict.update(self, self.layout.unpack(self.flat))
+
+
+def _looking(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of dict for Views, which are made before it."""
+
+    @wraps(method)
+    def looking(self: Views, *args: Any, **kwargs: Any) -> Any:
+        self._make()
+        return method(self, *args, **kwargs)
+
+    return looking
+
+
+for _name, _method in vars(dict).items():
+    of_instances = isinstance(_method, WrapperDescriptorType | MethodDescriptorType)
+    if of_instances and _name not in ("__init__", "__getattribute__"):
+        setattr(Views, _name, _looking(_method))
 
 
 def flat_of(params: Params) -> Tensor | None:

@@ -1,6 +1,9 @@
 """Arithmetic on named tensors."""
 
 import math
+import pickle
+from collections.abc import Callable
+from copy import copy, deepcopy
 
 import hypothesis.strategies as st
 import pytest
@@ -262,3 +265,57 @@ def test_views_of_one_vector_sum_to_the_same_bits(viewed: list[bool]) -> None:
         expected, found = how(plain), how(mixed)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+LOOKS: list[Callable[[Params], object]] = [
+    dict,
+    list,
+    len,
+    bool,
+    set,
+    lambda params: {**params},
+    lambda params: params | {"other": torch.ones(1)},
+    lambda params: {"other": torch.ones(1)} | params,
+    lambda params: params["b"],
+    lambda params: params.get("b"),
+    lambda params: "w" in params,
+    lambda params: "other" in params,
+    lambda params: params.copy(),
+    lambda params: list(reversed(params)),
+    lambda params: list(params.items()),
+    lambda params: [value.sum() for value in params.values()],
+    lambda params: params.keys() == {"w", "b"},
+    lambda params: dict(**params),
+    lambda params: dict(copy(params)),
+    lambda params: dict(deepcopy(params)),
+    lambda params: dict(pickle.loads(pickle.dumps(params))),
+    str,
+]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_views_are_there_however_one_looks(look: Callable[[Params], object]) -> None:
+    layout = Layout({"w": torch.Size([2, 3]), "b": torch.Size([4])}, torch.float32)
+    flat = torch.randn(layout.size)
+    assert str(look(layout.views(flat))) == str(look(layout.unpack(flat)))
+
+
+def test_views_share_the_vector_and_know_no_other_name() -> None:
+    layout = Layout({"w": torch.Size([2, 3])}, torch.float32)
+    flat = torch.zeros(6)
+    views = layout.views(flat)
+    flat += 1
+    assert torch.equal(views["w"], torch.ones(2, 3))
+    for name in ("b", "layout"):
+        with pytest.raises(KeyError):
+            views[name]
+
+
+def test_a_sum_makes_the_views_of_no_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout({"w": torch.Size([2, 3])}, torch.float32)
+    terms = [(1.0, layout.views(torch.ones(6))) for _ in range(3)]
+    unpack, made = Layout.unpack, []
+    monkeypatch.setattr(Layout, "unpack", lambda *args: made.append(1) or unpack(*args))
+    total = weighted_sum(terms)
+    assert torch.equal(total["w"], torch.full((2, 3), 3.0, dtype=torch.float64))
+    assert made == [1]  # of the sum
