@@ -32,9 +32,9 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NoReturn
 
-import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms
@@ -52,8 +52,6 @@ FAR = 2 * 20 * math.log(2)  # beyond u = 2^-20, 64 bits of u do
 LARGEST = 2.0**52  # grid cells: sums below it are exact integers of float64
 BLOCK = 8192  # pairs worked on at a time, few enough for the CPU's cache and for one thread
 _ZEROS = bytes(1 << 16)
-_EXACT = mpmath.mp.clone()
-_EXACT.prec = 320
 
 
 def _chacha20(key: bytes, nonce: bytes) -> CipherContext:
@@ -243,6 +241,17 @@ def _exact(u: int, v: int, more: bytes, scale: float) -> list[int]:
     """Return the rounded pair for words ``u`` and ``v``, continued by 192 bits each of ``more``."""
     u = (u << 192) | int.from_bytes(more[:24], "little")
     v = (v << 192) | int.from_bytes(more[24:48], "little")
-    radius = scale * _EXACT.sqrt(-2 * _EXACT.log(_EXACT.mpf(2 * u + 1) / 2**257))
-    angle = _EXACT.pi * _EXACT.mpf(v) / 2**255  # a turn more or less than the signed angle
-    return [int(_EXACT.nint(radius * turn(angle))) for turn in (_EXACT.cos, _EXACT.sin)]
+    mp = _arithmetic()
+    radius = scale * mp.sqrt(-2 * mp.log(mp.mpf(2 * u + 1) / 2**257))
+    angle = mp.pi * mp.mpf(v) / 2**255  # a turn more or less than the signed angle
+    return [int(mp.nint(radius * turn(angle))) for turn in (mp.cos, mp.sin)]
+
+
+@cache
+def _arithmetic() -> Any:
+    """Return numbers of 320 bits. Few draws need them, and to load them takes 0.2 s."""
+    import mpmath  # type: ignore[import-untyped]
+
+    context = mpmath.mp.clone()
+    context.prec = 320
+    return context
