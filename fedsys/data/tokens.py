@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fedsys.data.examples import TokenExamples
+from fedsys.data.token_cache import kept
+from fedsys.params import Params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,12 +25,24 @@ def classification_examples(
     max_length: int,
 ) -> TokenExamples:
     """Return examples of one text a row, or of a pair; ``texts`` holds one or two columns."""
+    made = kept(
+        lambda: _classified(tokenizer, texts, max_length),
+        tokenizer,
+        texts,
+        {"task": "classification", "max_length": max_length},
+    )
+    return TokenExamples(**made, pad_id=_pad_id(tokenizer), labels=labels)
+
+
+def _classified(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[list[str]], max_length: int
+) -> Params:
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     lengths: list[int] = []
     paired = len(texts) == 2 and "token_type_ids" in tokenizer.model_input_names
     pad = _pad_id(tokenizer)
-    for start in range(0, len(labels), _CHUNK):
+    for start in range(0, len(texts[0]), _CHUNK):
         columns = [column[start : start + _CHUNK] for column in texts]
         encoded = tokenizer(
             *columns, truncation=True, max_length=max_length, return_token_type_ids=paired
@@ -39,13 +53,10 @@ def classification_examples(
         lengths += map(len, rows)
         if paired:
             types.append(_flat((row or [0] for row in encoded["token_type_ids"]), np.uint8))
-    return TokenExamples(
-        tokens=torch.from_numpy(np.concatenate(ids)),
-        offsets=_offsets(lengths),
-        pad_id=pad,
-        labels=labels,
-        token_types=torch.from_numpy(np.concatenate(types)) if paired else None,
-    )
+    made = {"tokens": torch.from_numpy(np.concatenate(ids)), "offsets": _offsets(lengths)}
+    if paired:
+        made["token_types"] = torch.from_numpy(np.concatenate(types))
+    return made
 
 
 def causal_examples(
@@ -59,6 +70,21 @@ def causal_examples(
     A row ends with the tokenizer's end-of-sequence token, if there is one, unless it is cut at
     ``max_length``. A prompt that leaves its response less than half of that loses its beginning.
     """
+    made = kept(
+        lambda: _continued(tokenizer, prompts, texts, max_length),
+        tokenizer,
+        [texts] if prompts is None else [texts, prompts],
+        {"task": "continuation", "max_length": max_length},
+    )
+    return TokenExamples(**made, pad_id=_pad_id(tokenizer))
+
+
+def _continued(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[str] | None,
+    texts: list[str],
+    max_length: int,
+) -> Params:
     first = _first_token(tokenizer)
     last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     heads = _plain(tokenizer, prompts) if prompts is not None else None
@@ -71,12 +97,11 @@ def causal_examples(
         kept = min(len(head), room - len(response))
         rows.append((first + head[len(head) - kept :] + response) or [_pad_id(tokenizer)])
         lengths.append(len(first) + kept if heads is not None else 0)
-    return TokenExamples(
-        tokens=torch.from_numpy(_flat(rows, np.int32)),
-        offsets=_offsets([len(row) for row in rows]),
-        pad_id=_pad_id(tokenizer),
-        prompt_lengths=torch.tensor(lengths) if heads is not None else None,
-    )
+    tokens = torch.from_numpy(_flat(rows, np.int32))
+    made = {"tokens": tokens, "offsets": _offsets([len(row) for row in rows])}
+    if heads is not None:
+        made["prompt_lengths"] = torch.tensor(lengths)
+    return made
 
 
 def _plain(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterator[list[int]]:

@@ -1,22 +1,12 @@
-"""A base model trained centrally on ``dataset.source``, once, and kept in a cache.
+"""A base model trained centrally on ``dataset.source``, once, and kept in a cache."""
 
-The cache is the folder FEDSYS_CACHE, else ~/.cache/fedsys. A file in it is named after all that
-determines its content, so it is never out of date.
-"""
-
-import hashlib
-import json
 import logging
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from fedsys import cache
 from fedsys.params import Params, digest
 from fedsys.seeds import generator
 
@@ -36,13 +26,13 @@ def pretrain(model: nn.Module, source: "Examples", seed: int, recipe: dict[str, 
 
     ``recipe`` is JSON-able and, with the source and the seed, determines the untrained model.
     """
-    key = json.dumps([_RECIPE, recipe, source.fingerprint(), seed], sort_keys=True)
-    name = f"base-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    name = cache.name_of("base", _RECIPE, recipe, source.fingerprint(), seed)
     expected = model.state_dict()
     state = _read(name, expected)
     if state is None:
         train(model, source, seed)
-        _write(name, model.state_dict())
+        state = model.state_dict()
+        cache.write(name, state, {"digest": digest(state)})
     else:
         model.load_state_dict(state)
 
@@ -69,42 +59,16 @@ def train(model: nn.Module, source: "Examples", seed: int) -> None:
     model.zero_grad()  # a gradient left behind would be added to the first one taken later
 
 
-def _folder() -> Path:
-    chosen = os.environ.get("FEDSYS_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "fedsys"
-
-
 def _read(name: str, expected: Params) -> Params | None:
     """Return the cached tensors, or None where there are none that fit and are whole."""
-    try:
-        with safe_open(_folder() / name, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            claimed = (file.metadata() or {}).get("digest")
-    except FileNotFoundError:
+    found = cache.read(name)
+    if found is None:
         return None
-    except (OSError, RuntimeError, SafetensorError) as error:
-        _log.warning("the cached base model %s cannot be read and is built again: %s", name, error)
-        return None
+    state, said = found
     shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
     if shapes != {key: (t.shape, t.dtype) for key, t in expected.items()} or (
-        claimed != digest(state)
+        said.get("digest") != digest(state)
     ):
         _log.warning("the cached base model %s is damaged and is built again", name)
         return None
     return state
-
-
-def _write(name: str, state: Params) -> None:
-    """Keep ``state`` for the next time, if the cache can be written; readers never see half."""
-    temporary = None
-    try:
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".part")
-        os.close(handle)
-        save_file(state, temporary, metadata={"digest": digest(state)})
-        os.replace(temporary, folder / name)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        _log.warning("the base model is not cached: %s", error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
