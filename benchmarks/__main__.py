@@ -132,7 +132,8 @@ def run(
         workers: list[Worker] = []
         for case in group.cases:
             arguments = case.overrides if case.engine == "ours" else (str(files[case.overrides]),)
-            worker = stack.enter_context(Worker(case, list(arguments), threads, folder))
+            used = case.threads or threads
+            worker = stack.enter_context(Worker(case, list(arguments), used, folder))
             workers.append(worker)
             results.append(Result(case, *worker.first()))
             check(results[0], results[-1])

@@ -21,6 +21,7 @@ class Case:
     engine: Engine
     overrides: tuple[str, ...]
     tolerance: float | None = None  # of the update, relative to that of the first case
+    threads: int | None = None  # of torch; None: as many as all
 
     @property
     def name(self) -> str:
@@ -84,14 +85,20 @@ def _w2(bfloat16: bool) -> Group:
         Case("pfl", "float32", "on_pfl", W2, EXACT),
         Case("Flower on Ray", "float32", "on_flower", W2, EXACT),
         Case("fedsys", "float32", "ours", W2, EXACT),
+        Case("fedsys on two cores", "float32", "ours", W2, EXACT, threads=2),
+    ]
+    ratios = [
+        *_against("loop", "pfl", bfloat16=bfloat16),
+        Ratio("Flower on Ray, float32", "fedsys on two cores, float32"),
     ]
     if bfloat16:
         cases += [
             Case("tuned loop", "bfloat16", "loop", (*W2, LOW), ROUNDED),
             Case("fedsys", "bfloat16", "ours", (*W2, LOW), ROUNDED),
+            Case("fedsys on two cores", "bfloat16", "ours", (*W2, LOW), ROUNDED, threads=2),
         ]
-    ratios = _against("loop", "pfl", bfloat16=bfloat16)
-    return Group("w2", tuple(cases), ratios, turns=3, rounds=1)
+        ratios.append(Ratio("Flower on Ray, float32", "fedsys on two cores, bfloat16"))
+    return Group("w2", tuple(cases), tuple(ratios), turns=3, rounds=1)
 
 
 def _w3(bfloat16: bool) -> Group:

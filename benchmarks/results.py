@@ -120,9 +120,10 @@ def adapter_figures(results: Sequence[Result], flop: int, machine: Machine) -> l
     for result in results:
         case = result.case
         if case.engine == "ours":
-            share = share_of_limit(flop, median(result.laps(cpu)), case.precision, machine)
-            name = f"{case.name}: share of the limit of matrix products"
-            rows.append(_figure("w2", name, share, least=SHARE[case.precision]))
+            if case.threads is None:  # the limit is one thread's
+                share = share_of_limit(flop, median(result.laps(cpu)), case.precision, machine)
+                name = f"{case.name}: share of the limit of matrix products"
+                rows.append(_figure("w2", name, share, least=SHARE[case.precision]))
             name = f"{case.name}: seconds from the start to the end of round 1"
             rows.append(_figure("w2", name, result.first.seconds, most=FIRST_ROUND))
     return rows

@@ -17,7 +17,8 @@ def table(rows: list[Row], machine: Machine) -> Table:
     versions = machine.environment["packages"]
     products = ", ".join(f"{name} {value:.0f}" for name, value in machine.gflops.items())
     shown = Table(
-        title=f"A round on {machine.threads} of {machine.environment['cpus']} CPUs: median, range",
+        title=f"A round on {machine.threads} of {machine.environment['cpus']} CPUs, or as said: "
+        "median, range",
         caption=f"Products of {SIZE} x {SIZE} matrices, GFLOP/s: {products}. "
         f"torch {versions.get('torch')}, flwr {versions.get('flwr')}, "
         f"transformers {versions.get('transformers')}. Memory: of the process and all below it. "

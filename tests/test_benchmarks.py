@@ -20,6 +20,7 @@ from benchmarks.pace import Finished, Pace, cpu_of_descendants
 from benchmarks.plain import copy_into, train, trained_of, wrapped
 from benchmarks.results import (
     Result,
+    adapter_figures,
     case_rows,
     cpu,
     difference,
@@ -214,6 +215,14 @@ def test_the_share_of_the_limit_counts_cpu_seconds():
     # 100 GFLOP/s of two threads are 50 of a CPU second.
     assert share_of_limit(25 * 10**9, 1.0, "float32", MACHINE) == pytest.approx(0.5)
     assert share_of_limit(25 * 10**9, 0.5, "bfloat16", MACHINE) == pytest.approx(0.25)
+
+
+def test_only_what_runs_on_the_threads_of_the_limit_is_compared_with_it():
+    alone = result_of("fedsys", [[(1.0, 1.0)]])
+    pair = replace(alone, case=replace(alone.case, label="on two cores", threads=2))
+    names = [row["name"] for row in adapter_figures([alone, pair], 25 * 10**9, MACHINE)]
+    assert [name.split(": ")[0] for name in names if "limit" in name] == ["fedsys, float32"]
+    assert len([name for name in names if "round 1" in name]) == 2
 
 
 # ---- figures
