@@ -21,7 +21,7 @@ class Case:
     engine: Engine
     overrides: tuple[str, ...]
     tolerance: float | None = None  # of the update, relative to that of the first case
-    threads: int | None = None  # of torch; None: as many as all
+    threads: int | None = None  # of torch; None: as many as the others
 
     @property
     def name(self) -> str:

@@ -61,7 +61,7 @@ class CohortApp(ClientApp):
     def _train_one(self, message: Message, context: Context) -> Message:
         """Train one client, and reply with a message of Flower's own class, which can travel."""
         (reply,) = self.train_cohort([message], [context])
-        return reply.plain(message) if isinstance(reply, wire.Reply) else reply
+        return reply.plain(message) if isinstance(reply, wire.TensorReply) else reply
 
     def _train(self, site: Site, messages: list[Message], contexts: list[Context]) -> list[Message]:
         """Train, and reply with what comes of it."""
@@ -262,12 +262,12 @@ def _answer(
     metrics: dict[str, float],
     basis: str,
     spent: Spent | None = None,
-) -> wire.Reply:
+) -> wire.TensorReply:
     """Return the reply with ``arrays``, and what the client has spent where it is private."""
     facts: dict[str, Any] = {wire.BASIS: basis} if basis else {}  # ``load`` has checked it
     if spent is not None:
         facts[wire.SPENT] = wire.spent_numbers(spent)
-    return wire.Reply(message, arrays, metrics, facts)
+    return wire.TensorReply(message, arrays, metrics, facts)
 
 
 def _refusal(message: Message, error: Exception) -> Message:

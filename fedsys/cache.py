@@ -1,7 +1,7 @@
 """Tensors kept from one process to the next, in the folder FEDSYS_CACHE, else ~/.cache/fedsys.
 
 A file is named after all that determines its content, so it is never out of date. What cannot be
-kept is made again, and what cannot be read counts as not there.
+kept is made again, and what cannot be read counts as not there. Only its owner may look into it.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedsys.params import Params
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
+_DAY = 86400.0  # seconds
 
 
 def name_of(kind: str, *parts: Any) -> str:
@@ -31,12 +33,12 @@ def name_of(kind: str, *parts: Any) -> str:
 
 def read(name: str) -> tuple[Params, dict[str, str]] | None:
     """Return the tensors of ``name``, mapped into memory, and what was said of them, or None."""
-    path = _folder() / name
     try:
+        path = _folder() / name
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             said = file.metadata() or {}
-        with suppress(OSError):  # somebody else's, which we may read
+        with suppress(OSError):  # a disk that is read only
             os.utime(path)  # the last use, by which ``prune`` goes
     except FileNotFoundError:
         return None
@@ -51,13 +53,14 @@ def write(name: str, tensors: Params, said: dict[str, str]) -> None:
     temporary = None
     try:
         folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".part")
         os.close(handle)
         save_file(tensors, temporary, metadata=said)
         os.replace(temporary, folder / name)
     except (OSError, RuntimeError, SafetensorError) as error:
         log.warning("%s is not cached: %s", name, error)
+    finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
 
@@ -65,20 +68,20 @@ def write(name: str, tensors: Params, said: dict[str, str]) -> None:
 def prune(kind: str, most: int) -> None:
     """Delete files of ``kind``, longest unused first, until all take at most ``most`` bytes.
 
-    The last one used stays, whatever its size.
+    The last one used stays, whatever its size; what a killed process left half written does not.
     """
-    sizes: list[tuple[float, int, Path]] = []
-    for path in _folder().glob(f"{kind}-*{_SUFFIX}"):
-        with suppress(OSError):  # another process has deleted it
-            status = path.stat()
-            sizes.append((status.st_mtime, status.st_size, path))
-    left = sum(size for _, size, _ in sizes)
-    for _, size, path in sorted(sizes)[:-1]:
-        if left <= most:
-            return
-        with suppress(OSError):
+    with suppress(OSError, RuntimeError):
+        for path in _folder().glob(f"{kind}-*.part"):
+            if path.stat().st_mtime < time.time() - _DAY:
+                path.unlink()
+        files = [(path.stat(), path) for path in _folder().glob(f"{kind}-*{_SUFFIX}")]
+        files.sort(key=lambda file: file[0].st_mtime)
+        left = sum(status.st_size for status, _ in files)
+        for status, path in files[:-1]:
+            if left <= most:
+                return
             path.unlink()
-        left -= size
+            left -= status.st_size
 
 
 def _folder() -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsys.arrays import tensor_of
 from fedsys.errors import ClientFailure
-from fedsys.messages import BASIS, NUM_EXAMPLES, PACKED, REPLY, SPENT, Arrays, Reply, decode
+from fedsys.messages import BASIS, NUM_EXAMPLES, PACKED, REPLY, SPENT, Arrays, TensorReply, decode
 from fedsys.params import Layout, Params
 from fedsys.privacy.release import Release, Spent, merged
 from fedsys.update import Update
@@ -66,9 +66,8 @@ def read_masked(reply: Message, client: int, basis: str = "") -> int:
     Raises ``ClientFailure`` on an error, without a positive number of examples, on another basis.
     """
     with _blaming(client):
-        content = content_of(reply)
-        metrics = read_metrics(_only(content.values(), MetricRecord))
-        if _facts(content).get(BASIS, "") != basis:
+        metrics = read_metrics(_only(content_of(reply).values(), MetricRecord))
+        if _facts(reply).get(BASIS, "") != basis:
             raise ValueError(_OTHER_FACTORS)
     return int(metrics[NUM_EXAMPLES])
 
@@ -141,8 +140,7 @@ def read_spent(reply: Message, client: int, before: Spent = ()) -> Spent:
     what it had said: a ledger only grows.
     """
     with _blaming(client):
-        content = content_of(reply)
-        numbers = content[REPLY].get(SPENT) if REPLY in content else None
+        numbers = _facts(reply).get(SPENT)
         if not isinstance(numbers, list) or not numbers or len(numbers) % 3:
             raise ValueError("a private run needs what the client has spent, and it says nothing")
         if len(numbers) > 3 * _MAX_RELEASES:
@@ -183,15 +181,17 @@ def legible(text: str) -> str:
 
 def _records_of(reply: Message) -> tuple[Arrays, Mapping[str, Any], Mapping[str, Any]]:
     """Return the arrays of a reply, its metrics, and what it says besides."""
-    if isinstance(reply, Reply) and reply.held is not None:
+    if isinstance(reply, TensorReply) and reply.held is not None:
         return reply.held
-    content = content_of(reply)
-    records = list(content.values())
-    return _only(records, ArrayRecord), _only(records, MetricRecord), _facts(content)
+    records = list(content_of(reply).values())
+    return _only(records, ArrayRecord), _only(records, MetricRecord), _facts(reply)
 
 
-def _facts(content: RecordDict) -> Mapping[str, Any]:
-    record: Mapping[str, Any] = content.get(REPLY, {})
+def _facts(reply: Message) -> Mapping[str, Any]:
+    """Return what a reply says besides arrays and metrics."""
+    if isinstance(reply, TensorReply) and reply.held is not None:
+        return reply.held[2]
+    record: Mapping[str, Any] = content_of(reply).get(REPLY, {})
     return record
 
 

@@ -44,17 +44,20 @@ _PER_RECORD, _PER_ARRAY = 160, 330
 _NOT_MADE = RecordDict()  # nobody sees it
 
 
-class Reply(Message):
-    """A reply that makes records of what it holds when somebody asks for its content.
+class TensorReply(Message):
+    """A reply that makes records of its tensors and numbers when somebody asks for its content.
 
-    Where client and server are one process nobody does, and records cost more than a small update.
-    Nobody may change what it holds.
+    Where client and server are one process few do, and records cost more than a small update.
+    Nobody may change what it holds. It stays in the process, where Flower need not know its class.
     """
 
     def __init__(
         self, to: Message, arrays: Params, metrics: dict[str, float], facts: dict[str, Any]
     ) -> None:
-        """Reply to ``to``."""
+        """Reply to ``to``; raises ``TypeError`` unless all ``arrays`` are tensors."""
+        if not all(isinstance(value, Tensor) for value in arrays.values()):
+            kinds = {name: type(value).__name__ for name, value in arrays.items()}
+            raise TypeError(f"a reply holds tensors, got {kinds}")
         super().__init__(_NOT_MADE, reply_to=to)
         # By record; None once the content is made.
         self.held: tuple[Params, dict[str, float], dict[str, Any]] | None = arrays, metrics, facts
@@ -148,7 +151,7 @@ def wire_bytes(content: RecordDict) -> int:
 
 def reply_bytes(reply: Message) -> int:
     """Return the bytes of what ``reply`` holds, as ``wire_bytes`` does."""
-    if isinstance(reply, Reply) and reply.held is not None:
+    if isinstance(reply, TensorReply) and reply.held is not None:
         arrays, metrics, facts = reply.held
         return _bytes_of((arrays, metrics, facts) if facts else (arrays, metrics))
     return wire_bytes(reply.content)

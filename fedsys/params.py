@@ -143,6 +143,25 @@ class Layout:
         return [shape.numel() for shape in self.shapes.values()]
 
 
+def _made_first(views: type["Views"]) -> type["Views"]:
+    """Have every method of dict make the views before it looks at them, or changes them."""
+
+    def after_making(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def looking(self: "Views", *args: Any, **kwargs: Any) -> Any:
+            self.make()
+            return method(self, *args, **kwargs)
+
+        return looking
+
+    for name, method in vars(dict).items():
+        of_instances = isinstance(method, WrapperDescriptorType | MethodDescriptorType)
+        if of_instances and name not in ("__init__", "__getattribute__"):
+            setattr(views, name, after_making(method))
+    return views
+
+
+@_made_first
 class Views(dict[str, Tensor]):
     """``Params`` that are views of one vector: sums of them take one addition, not one a name.
 
@@ -159,27 +178,11 @@ class Views(dict[str, Tensor]):
         """Copy and pickle by the vector."""
         return Views, (self.layout, self.flat)
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Make the views, unless they are there."""
         if not self._made:
-            self._made = True
             dict.update(self, self.layout.unpack(self.flat))
-
-
-def _looking(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of dict for Views, which are made before it."""
-
-    @wraps(method)
-    def looking(self: Views, *args: Any, **kwargs: Any) -> Any:
-        self._make()
-        return method(self, *args, **kwargs)
-
-    return looking
-
-
-for _name, _method in vars(dict).items():
-    of_instances = isinstance(_method, WrapperDescriptorType | MethodDescriptorType)
-    if of_instances and _name not in ("__init__", "__getattribute__"):
-        setattr(Views, _name, _looking(_method))
+            self._made = True
 
 
 def flat_of(params: Params) -> Tensor | None:

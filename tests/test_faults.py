@@ -221,6 +221,17 @@ def test_a_run_survives_all_of_them(tmp_path: Path) -> None:
     ]
 
 
+def test_whoever_trains_together_is_befallen_as_if_alone(tmp_path: Path) -> None:
+    every = (*MIXED, "fault.duplicate=0.12")
+    alone, together = (go(tmp_path / c, *every, f"engine.chunk={c}") for c in ("1", "4"))
+    assert reasons(together) == reasons(alone)
+    assert any(reasons(alone))
+    counts = [[line["clients"] for line in run.metrics[1:]] for run in (together, alone)]
+    assert counts[0] == counts[1]
+    for name, value in alone.params.items():
+        assert torch.allclose(together.params[name], value, atol=1e-5)
+
+
 @pytest.mark.parametrize("overrides", [(), ("strategy=fed_sb", "adapter.rank=2")], ids=" ".join)
 def test_without_a_share_nothing_changes(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     off = [f"fault.{kind}=0" for kind in ("drop", "delay", "duplicate", "corrupt", "crash")]

@@ -10,7 +10,7 @@ from fedsys.cohort import CohortModel
 from fedsys.data import IID, Digits
 from fedsys.engines.base import StreamingGrid, exchange
 from fedsys.engines.local import LocalGrid, TrainsCohorts
-from fedsys.messages import Reply, encode, encode_flat
+from fedsys.messages import TensorReply, encode, encode_flat
 from fedsys.models import MLP
 from tests.stock_app.toy import app_of, arrays_of, client_of, drift, reply_of, same, state_of
 
@@ -328,7 +328,7 @@ def test_a_message_alone_is_answered_by_flowers_own_class_and_a_cohort_without_r
     (alone,) = grid.send_and_receive(train_message(site, [3]))
     assert type(alone) is Message
     together = grid.send_and_receive(train_message(site, [2, 3]))
-    assert [type(reply) for reply in together] == [Reply, Reply]
+    assert [type(reply) for reply in together] == [TensorReply, TensorReply]
     assert all(reply.held is not None for reply in together)
     assert torch.allclose(*vectors([alone, together[1]]), atol=1e-6)
     assert {*alone.content} == {*together[1].content} == {"arrays", "metrics"}

@@ -488,10 +488,10 @@ def test_only_a_client_failure_comes_out_of_a_reply(content):
 # ---- replies that make their records when asked
 
 
-def unmade(params=None, metrics=None, facts=None) -> messages.Reply:
+def unmade(params=None, metrics=None, facts=None) -> messages.TensorReply:
     params = {name: t + t.new_ones(()) for name, t in SENT.items()} if params is None else params
     metrics = {"num-examples": 3, "train_loss": 0.5} if metrics is None else metrics
-    return messages.Reply(asked(), params, metrics, facts or {})
+    return messages.TensorReply(asked(), params, metrics, facts or {})
 
 
 def outcome(reply, **options):
@@ -529,6 +529,37 @@ def test_an_unmade_reply_of_good_numbers_is_used():
     for name, delta in update.delta.items():
         assert torch.allclose(delta, torch.ones_like(delta)), name
     assert "w holds NaN" in reason(unmade(SENT | {"w": other(fill=torch.nan)}))
+
+
+def test_a_packed_reply_is_read_by_the_layout_and_a_coded_one_by_its_codec():
+    layout = Layout({"w": torch.Size([3, 2])}, torch.float32)
+    sent = messages.encode_flat(torch.zeros(6))
+    packed = unmade({"packed": torch.arange(6.0)})
+    update = checks.read_update(packed, 5, sent, layout)
+    assert torch.equal(update.delta["w"], torch.arange(6.0).view(3, 2))
+    coded = unmade({"half": torch.ones(3)})
+    read_by = {"decode_reply": lambda arrays: {"w": 2 * arrays["half"]}}
+    assert torch.equal(
+        checks.read_update(coded, 5, sent, **read_by).delta["w"], torch.full((3,), 2.0)
+    )
+    assert packed.held is not None
+    assert coded.held is not None
+
+
+def test_what_was_spent_is_read_from_a_reply_that_makes_no_records():
+    reply = unmade(facts={"spent": [1.0, 0.5, 3.0]})
+    assert [(r.noise_multiplier, r.sample_rate, r.steps) for r in checks.read_spent(reply, 5)] == [
+        (1.0, 0.5, 3)
+    ]
+    assert reply.held is not None
+    with pytest.raises(ClientFailure, match="says nothing"):
+        checks.read_spent(unmade(), 5)
+
+
+@pytest.mark.parametrize("value", [3, np.ones(3), None])
+def test_a_reply_holds_tensors_or_is_not_made(value):
+    with pytest.raises(TypeError, match="a reply holds tensors"):
+        unmade({"w": value})
 
 
 def test_whoever_changes_what_a_reply_holds_is_heard():

@@ -267,6 +267,18 @@ def test_views_of_one_vector_sum_to_the_same_bits(viewed: list[bool]) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def updated(params: Params) -> Params:
+    other: Params = {}
+    other.update(params)
+    return other
+
+
+def merged(params: Params) -> Params:
+    other: Params = {}
+    other |= params
+    return other
+
+
 LOOKS: list[Callable[[Params], object]] = [
     dict,
     list,
@@ -279,8 +291,9 @@ LOOKS: list[Callable[[Params], object]] = [
     lambda params: params["b"],
     lambda params: params.get("b"),
     lambda params: "w" in params,
-    lambda params: "other" in params,
     lambda params: params.copy(),
+    lambda params: updated(params),
+    lambda params: merged(params),
     lambda params: list(reversed(params)),
     lambda params: list(params.items()),
     lambda params: [value.sum() for value in params.values()],
@@ -298,6 +311,13 @@ def test_views_are_there_however_one_looks(look: Callable[[Params], object]) -> 
     layout = Layout({"w": torch.Size([2, 3]), "b": torch.Size([4])}, torch.float32)
     flat = torch.randn(layout.size)
     assert str(look(layout.views(flat))) == str(look(layout.unpack(flat)))
+
+
+def test_views_of_a_vector_of_another_size_are_never_zero() -> None:
+    views = Layout({"w": torch.Size([2, 3])}, torch.float32).views(torch.zeros(5))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="split_with_sizes"):
+            len(views)
 
 
 def test_views_share_the_vector_and_know_no_other_name() -> None:

@@ -869,7 +869,7 @@ def test_why_a_private_client_failed_stays_with_it_and_is_paid_for(
 
 
 class AsksOneLater(LocalGrid):
-    """Asks all but the first client alone, and then all of them in one pass."""
+    """Asks all but the first client in one pass, and then all of them in another."""
 
     federation: Federation
 

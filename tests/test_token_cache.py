@@ -85,6 +85,11 @@ def test_a_file_is_found_by_all_that_it_depends_on(
     def files() -> int:
         return len(list(folder.iterdir()))
 
+    def other(change: Callable[[PreTrainedTokenizerBase], object]) -> TokenExamples:
+        changed = HFClassifier(name="minilm").tokenizer()
+        change(changed)
+        return classified(changed)
+
     classified(tokenizer)
     for number, make in enumerate(
         (
@@ -94,15 +99,35 @@ def test_a_file_is_found_by_all_that_it_depends_on(
             lambda: classification_examples(tokenizer, [["ab", "c", "d"]], LABELS[:3], 16),
             lambda: classification_examples(tokenizer, [TEXTS[::-1]], LABELS, 16),
             lambda: continued(tokenizer),
-            lambda: tokenizer.add_tokens(["film"]) and classified(tokenizer),
-            lambda: setattr(tokenizer, "truncation_side", "left") or classified(tokenizer),
+            lambda: other(lambda it: it.add_tokens(["film"])),
+            lambda: other(lambda it: setattr(it, "truncation_side", "left")),
+            lambda: other(lambda it: setattr(it, "split_special_tokens", True)),
+            lambda: other(lambda it: setattr(it, "pad_token", "film")),
         ),
         2,
     ):
-        make()
-        assert files() == number
-        make()
-        assert files() == number
+        for _ in range(2):
+            make()
+            assert files() == number
+
+
+def test_special_tokens_in_a_text_are_read_as_the_tokenizer_says(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    texts = [["a [SEP] b", "c", "d"]]
+    whole = classification_examples(tokenizer, texts, LABELS[:3], 16)
+    tokenizer.split_special_tokens = True
+    split = classification_examples(tokenizer, texts, LABELS[:3], 16)
+    assert len(split.tokens) > len(whole.tokens)
+
+
+def test_tokens_of_somebody_elses_tokenizer_are_not_kept(
+    tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    own = type("Own", (type(tokenizer),), {"__module__": "transformers_modules.own"})
+    tokenizer.__class__ = own
+    assert len(classified(tokenizer)) == len(TEXTS)
+    assert not folder.exists()
 
 
 def test_labels_are_not_kept(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -136,6 +161,7 @@ def test_only_the_owner_may_read_what_is_kept(
     classified(tokenizer)
     (file,) = folder.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_folder_that_cannot_be_written_is_survived(
@@ -145,6 +171,50 @@ def test_a_folder_that_cannot_be_written_is_survived(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDSYS_CACHE", str(tmp_path / "file" / "cache"))
     assert classified(tokenizer).fingerprint() == made
+
+
+def test_who_has_no_home_goes_without(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = classified(tokenizer).fingerprint()
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FEDSYS_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert classified(tokenizer).fingerprint() == made
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.write(cache.name_of("tokens", 1), {"x": torch.zeros(1)}, {})
+    assert not list(folder.iterdir())
+
+
+def test_what_a_killed_process_left_goes_after_a_day(folder: Path) -> None:
+    folder.mkdir()
+    old, new = folder / "tokens-1.safetensors1.part", folder / "tokens-2.safetensors2.part"
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (1e9, 1e9))
+    cache.prune("tokens", 10**9)
+    assert list(folder.iterdir()) == [new]
+
+
+def test_what_is_kept_is_bounded(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_cache, "MOST", 0)
+    for way in WAYS:
+        way(tokenizer)
+        assert len(list(folder.iterdir())) == 1
 
 
 def test_what_was_unused_longest_goes_first(folder: Path) -> None:

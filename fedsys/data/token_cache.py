@@ -1,7 +1,7 @@
-"""The tokens of large tables, kept from one process to the next and mapped into memory.
+"""The tokens of many rows, kept from one process to the next and mapped into memory.
 
 Every process that loads a table would tokenise it anew: each point of a sweep, each worker of Ray
-and on a device each message. What is kept says as much as the text; only its owner may read it.
+and on a device each message. What is kept says as much as the text.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LEAST = 4096  # texts; fewer are tokenised in less than a second
-MOST = 4 << 30  # bytes of all tables together
+LEAST = 4096  # rows; fewer are tokenised in less than a second
+MOST = 4 << 30  # bytes of all that is kept
 _RECIPE = 1  # part of the name: goes up whenever the same text would give other tokens
 _KIND = "tokens"
 
 
-def kept(
+def made_once(
     make: Callable[[], Params],
     tokenizer: "PreTrainedTokenizerBase",
     columns: Sequence[Sequence[str]],
@@ -35,9 +35,11 @@ def kept(
     """Return what ``make`` makes of ``columns`` of text, made by this process or another before.
 
     It has ``tokens`` and the ``offsets`` of its rows, and depends on nothing but the tokenizer, the
-    columns and ``settings``, which JSON can say.
+    columns and ``settings``, which JSON can say. That is known of transformers' own tokenizers;
+    nothing is kept of others.
     """
-    if len(columns[0]) < LEAST or not tokenizer.is_fast:
+    own = type(tokenizer).__module__.startswith("transformers.")
+    if len(columns[0]) < LEAST or not own or not getattr(tokenizer, "is_fast", False):
         return make()
     texts = [_digest(column) for column in columns]
     name = cache.name_of(_KIND, _RECIPE, settings, texts, _identity(tokenizer))
@@ -54,7 +56,8 @@ def kept(
 
 def _digest(column: Sequence[str]) -> str:
     state = hashlib.blake2b(repr([len(text) for text in column]).encode())
-    state.update("".join(column).encode(errors="surrogatepass"))
+    for text in column:
+        state.update(text.encode(errors="surrogatepass"))
     return state.hexdigest()
 
 
@@ -65,8 +68,13 @@ def _identity(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     backend.no_padding()
     rules = hashlib.blake2b(backend.to_str().encode()).hexdigest()
     libraries = [version("transformers"), version("tokenizers")]
-    said = [tokenizer.special_tokens_map, tokenizer.truncation_side, tokenizer.model_input_names]
-    return [type(tokenizer).__name__, rules, libraries, str(said)]
+    said = (
+        tokenizer.special_tokens_map,
+        tokenizer.split_special_tokens,
+        tokenizer.truncation_side,
+        tokenizer.model_input_names,
+    )
+    return [type(tokenizer).__qualname__, rules, libraries, str(said)]
 
 
 def _fits(tensors: Params, rows: int) -> bool:

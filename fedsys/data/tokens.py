@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsys.data.examples import TokenExamples
-from fedsys.data.token_cache import kept
+from fedsys.data.token_cache import made_once
 from fedsys.params import Params
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def classification_examples(
     max_length: int,
 ) -> TokenExamples:
     """Return examples of one text a row, or of a pair; ``texts`` holds one or two columns."""
-    made = kept(
+    made = made_once(
         lambda: _classified(tokenizer, texts, max_length),
         tokenizer,
         texts,
@@ -70,7 +70,7 @@ def causal_examples(
     A row ends with the tokenizer's end-of-sequence token, if there is one, unless it is cut at
     ``max_length``. A prompt that leaves its response less than half of that loses its beginning.
     """
-    made = kept(
+    made = made_once(
         lambda: _continued(tokenizer, prompts, texts, max_length),
         tokenizer,
         [texts] if prompts is None else [texts, prompts],

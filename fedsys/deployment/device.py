@@ -3,7 +3,7 @@
 device.yaml   what stands below; paths are relative to the folder
 device.key    its private key, ca.crt the authority it trusts; neither where enrolled insecurely
 policy.yaml   what may run here and what may leave: ``fedsys.deployment.policy``
-state/        ledger/, runs/, log/, flwr/: what it has spent, remembers and logs
+state/        ledger/, runs/, cache/, log/, flwr/: what it has spent, remembers and logs
 """
 
 import math

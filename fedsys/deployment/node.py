@@ -80,6 +80,7 @@ def environment(device: Device) -> dict[str, str]:
     variables = {
         "NO_PROXY": direct,
         "no_proxy": direct,
+        "FEDSYS_CACHE": str(device.state / "cache"),
         "FLWR_HOME": str(device.state / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

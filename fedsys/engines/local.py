@@ -48,7 +48,10 @@ class TrainsCohorts(Protocol):
     runs_alone: bool
 
     def train_cohort(self, messages: list[Message], contexts: list[Context]) -> list[Message]:
-        """Return one reply a message, in their order; an error reply for a client that failed."""
+        """Return one reply a message, in their order; an error reply for a client that failed.
+
+        They stay in this process.
+        """
         ...
 
 
