@@ -76,7 +76,7 @@ def _w1() -> Group:
         Ratio("pfl, float32", "fedsys, float32", 6.0),
         Ratio("Flower on Ray, float32", "fedsys, float32", 40.0),
     )
-    return Group("w1", cases, ratios, turns=5, rounds=4)
+    return Group("w1", cases, ratios, turns=15, rounds=4)
 
 
 def _w2(bfloat16: bool) -> Group:
