@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsys.arrays import tensor_of
 from fedsys.errors import ClientFailure
-from fedsys.messages import BASIS, NUM_EXAMPLES, PACKED, REPLY, SPENT, Arrays, TensorReply, decode
+from fedsys.messages import BASIS, NUM_EXAMPLES, PACKED, REPLY, SPENT, Arrays, decode, held_by
 from fedsys.params import Layout, Params
 from fedsys.privacy.release import Release, Spent, merged
 from fedsys.update import Update
@@ -181,16 +181,16 @@ def legible(text: str) -> str:
 
 def _records_of(reply: Message) -> tuple[Arrays, Mapping[str, Any], Mapping[str, Any]]:
     """Return the arrays of a reply, its metrics, and what it says besides."""
-    if isinstance(reply, TensorReply) and reply.held is not None:
-        return reply.held
+    if (held := held_by(reply)) is not None:
+        return held
     records = list(content_of(reply).values())
     return _only(records, ArrayRecord), _only(records, MetricRecord), _facts(reply)
 
 
 def _facts(reply: Message) -> Mapping[str, Any]:
     """Return what a reply says besides arrays and metrics."""
-    if isinstance(reply, TensorReply) and reply.held is not None:
-        return reply.held[2]
+    if (held := held_by(reply)) is not None:
+        return held[-1]
     record: Mapping[str, Any] = content_of(reply).get(REPLY, {})
     return record
 

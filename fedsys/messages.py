@@ -37,6 +37,7 @@ BASE, MOVES, ACCEPTED, CHECKPOINTS = "base", "moves", "accepted", "checkpoints"
 SPENT = "spent"
 
 Arrays = Mapping[str, Array | Tensor]
+Held = tuple[Params, dict[str, float], dict[str, Any]]  # the records of a reply, not yet made
 
 # What Flower's serialisation puts around a record and an array: types, hashes, lengths.
 _PER_RECORD, _PER_ARRAY = 160, 330
@@ -59,8 +60,7 @@ class TensorReply(Message):
             kinds = {name: type(value).__name__ for name, value in arrays.items()}
             raise TypeError(f"a reply holds tensors, got {kinds}")
         super().__init__(_NOT_MADE, reply_to=to)
-        # By record; None once the content is made.
-        self.held: tuple[Params, dict[str, float], dict[str, Any]] | None = arrays, metrics, facts
+        self.held: Held | None = arrays, metrics, facts  # None once the content is made
 
     @property
     def content(self) -> RecordDict:
@@ -81,6 +81,11 @@ class TensorReply(Message):
     def plain(self, to: Message) -> Message:
         """Return it as Flower's own class, replying to ``to``: that can leave the process."""
         return Message(self.content, reply_to=to)
+
+
+def held_by(reply: Message) -> Held | None:
+    """Return the arrays, metrics and facts of a reply that has made no records of them."""
+    return reply.held if isinstance(reply, TensorReply) else None
 
 
 def encode(params: Params, layout: Layout | None = None) -> ArrayRecord:
@@ -151,10 +156,9 @@ def wire_bytes(content: RecordDict) -> int:
 
 def reply_bytes(reply: Message) -> int:
     """Return the bytes of what ``reply`` holds, as ``wire_bytes`` does."""
-    if isinstance(reply, TensorReply) and reply.held is not None:
-        arrays, metrics, facts = reply.held
-        return _bytes_of((arrays, metrics, facts) if facts else (arrays, metrics))
-    return wire_bytes(reply.content)
+    if (held := held_by(reply)) is None:
+        return wire_bytes(reply.content)
+    return _bytes_of(held if held[-1] else held[:-1])  # there is no record without facts
 
 
 def _bytes_of(records: Iterable[Mapping[str, Any]]) -> int:

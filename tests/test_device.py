@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsys.deployment.device import Device, Settings, split
+from fedsys.deployment.node import environment
 from fedsys.errors import ConfigError
 
 TEXT = """\
@@ -36,6 +37,12 @@ def folder(path: Path, text: str | bytes = TEXT, keys: bool = True, **changes: s
         (path / "device.key").touch()
         (path / "ca.crt").touch()
     return path
+
+
+def test_what_a_device_keeps_lies_in_its_folder(tmp_path: Path) -> None:
+    found = environment(Device.load(folder(tmp_path)))
+    assert found["FEDSYS_CACHE"] == str(tmp_path / "state" / "cache")
+    assert found["FLWR_HOME"] == str(tmp_path / "state" / "flwr")
 
 
 def test_a_folder_is_read_as_it_is_written(tmp_path: Path) -> None:
