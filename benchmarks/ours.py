@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from benchmarks.pace import Finished, Pace, open_pace
 from clients import CohortApp
+from fedsys.chunks import chunk_size
 from fedsys.config import Experiment, configure
 from fedsys.engines.local import LocalGrid
-from fedsys.federation import assemble, chunk_size
+from fedsys.federation import assemble
 from fedsys.params import Params
 from fedsys.protection import protected
 from fedsys.records import NoRecorder, RoundRecord

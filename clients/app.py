@@ -11,8 +11,9 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from clients import summed
-from clients.cohort import Task, gather, train_cohort
+from clients.cohort import Task, train_cohort
 from clients.guard import Answer, Charge, Guard
+from clients.passes import gather
 from clients.private import Private
 from clients.site import Site, partition_of
 from fedsys import messages as wire
@@ -208,7 +209,7 @@ class CohortApp(ClientApp):
         rows = rows[: site.init_examples]
         size = site.training.batch_size
         batches = (
-            gather(site.examples, rows[i : i + size][None], site.device)
+            gather(site.examples, rows[i : i + size], site.device)
             for i in range(0, len(rows), size)
         )
         sums = summed_gradients(site.model, batches)

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clients.descent import Descent
+from clients.passes import gather, lots, passes
 from clients.private import Private, private_gradients
 from clients.training import LocalTraining
 from fedsys.attacks import flip_labels
 from fedsys.cohort import CohortModel
 from fedsys.data.examples import Batch, Examples
-from fedsys.losses import client_losses, weightless
+from fedsys.losses import client_losses, client_targets
 from fedsys.params import Params
 
 LocalGradient = Callable[[Params, Params], Params]  # (w, x_t) -> what is added to the gradient
@@ -95,30 +96,49 @@ def _padded(batches: list[Tensor]) -> Tensor:
 
 def _gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> Tensor:
     """Write the gradients of the losses on ``rows`` (K, B), and return the losses (K,)."""
-    batch = gather(task.examples, rows, task.device, task.model)
-    if task.flipped is not None:
-        each = len(batch["labels"]) // len(rows)
-        _flip(batch, task.flipped[: len(rows)].repeat_interleave(each), task)
-    labels = batch.pop("labels")
-    losses = client_losses(task.model(**batch), labels, len(flat))
-    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
     if flat.grad is None:
         flat.grad = torch.empty_like(flat)
-    torch._foreach_copy_(list(task.model.layout.unpack(flat.grad).values()), gradients)
-    return losses.detach().float().cpu()
+    written = list(task.model.layout.unpack(flat.grad).values())
+    clients = torch.arange(len(rows))[:, None]
+    batches = [
+        _batch(task, part, clients.expand(part.shape), absent)
+        for part, absent in passes(task.examples, rows, task.device)
+    ]
+    # A client's mean is over the targets of all passes.
+    targets = torch.stack([client_targets(b["labels"], len(rows)) for b in batches]).sum(0)
+    losses = torch.zeros(len(rows))
+    for number, batch in enumerate(batches):
+        labels = batch.pop("labels")
+        parts = client_losses(task.model(**batch), labels, targets)
+        tensors = list(leaves.values())
+        gradients = torch.autograd.grad(parts.sum(), tensors, materialize_grads=True)
+        if number == 0:
+            torch._foreach_copy_(written, gradients)
+        else:
+            torch._foreach_add_(written, gradients)
+        losses += parts.detach().float().cpu()
+    return losses
 
 
 def _private_gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> Tensor:
     """Write the noised gradients of the lots ``rows`` (K, B), and return NaN (K,)."""
-    owner, column = (rows >= 0).nonzero(as_tuple=True)
-    chosen = rows[owner, column]
-    batch = task.examples.batch(chosen) | task.model.states(task.examples, chosen)
-    if task.flipped is not None:
-        _flip(batch, task.flipped[owner], task)
-    batch = {name: value.to(task.device, non_blocking=True) for name, value in batch.items()}
+    batches = [
+        (_batch(task, part, owner), owner.to(task.device))
+        for part, owner in lots(task.examples, rows, task.device)
+    ]
     clients = task.private[: len(flat)]
-    flat.grad = private_gradients(task.model, flat.detach(), batch, owner.to(task.device), clients)
+    flat.grad = private_gradients(task.model, flat.detach(), batches, clients)
     return torch.full((len(flat),), torch.nan)
+
+
+def _batch(task: Task, rows: Tensor, owner: Tensor, absent: Tensor | None = None) -> Batch:
+    """Return the batch of ``rows``, each that of the client that ``owner`` names at its place."""
+    batch = gather(task.examples, rows, task.device, task.model, absent)
+    if task.flipped is not None:
+        labels = batch["labels"]
+        flipped = task.flipped[owner.flatten()].to(labels.device)
+        batch["labels"] = torch.where(flipped, flip_labels(labels, task.num_classes), labels)
+    return batch
 
 
 def _step(
@@ -165,35 +185,6 @@ def _begin(
     return flat, leaves, optimizer
 
 
-def _flip(batch: Batch, flipped: Tensor, task: Task) -> None:
-    """Replace label y by C - 1 - y in the rows that ``flipped`` (rows,) names."""
-    labels = batch["labels"]
-    other = flip_labels(labels, task.num_classes)
-    batch["labels"] = torch.where(flipped.to(labels.device), other, labels)
-
-
 def _join(parts: Sequence[Tensor]) -> Tensor:
     """Return ``parts``, each (K, *shape), as one matrix (K, size)."""
     return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
-
-
-def gather(
-    examples: Examples, rows: Tensor, device: torch.device, model: CohortModel | None = None
-) -> Batch:
-    """Return the batch of ``rows`` (K, B) as K*B rows; -1 gives a row whose labels are ignored.
-
-    For ``model`` it holds what that remembers of the rows.
-    """
-    absent = rows < 0
-    if absent.any():
-        rows, absent = rows[:, ~absent.all(0)], absent[:, ~absent.all(0)]
-        # A client's own row fills it up: no longer than the others, and its own to suffer from.
-        own = rows.amax(1, keepdim=True).clamp(min=0)
-        rows = torch.where(absent, own, rows)
-        batch = examples.batch(rows.flatten())
-        batch["labels"][absent.flatten()] = weightless(batch["labels"])
-    else:
-        batch = examples.batch(rows.flatten())
-    if model is not None:
-        batch |= model.states(examples, rows.flatten())
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

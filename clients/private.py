@@ -10,7 +10,7 @@ privately, and lots of different sizes need no padding. An empty lot is noise al
 Symbols: L_k the lot of client k, C clipping_norm, z_k noise_multiplier, q_k sample_rate, n_k rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,16 +48,22 @@ class Private:
 
 
 def private_gradients(
-    model: CohortModel, params: Tensor, batch: Batch, owner: Tensor, clients: Sequence[Private]
+    model: CohortModel,
+    params: Tensor,
+    batches: Iterable[tuple[Batch, Tensor]],
+    clients: Sequence[Private],
 ) -> Tensor:
     """Return the noised gradients (K, size) at ``params`` (K, size), in its dtype.
 
-    ``batch`` holds the rows of all lots and ``owner`` (rows,) says in which lot each is.
+    ``batches`` hold the rows of all lots, and beside each who owns its rows (rows,).
     """
     stds = [client.noise_multiplier * client.clipping_norm for client in clients]
     norms = torch.tensor([client.clipping_norm for client in clients], dtype=torch.float64)
     cells = torch.tensor([grid(std) for std in stds], dtype=torch.float64)
-    sums = clipped_sums(model, params, batch, owner, norms.to(owner.device), cells.to(owner.device))
+    norms, cells = norms.to(params.device), cells.to(params.device)
+    sums = params.new_zeros(params.shape, dtype=torch.float64)
+    for batch, owner in batches:
+        sums += clipped_sums(model, params, batch, owner, norms, cells)
     sums = noised_rows(sums.cpu(), stds, [client.stream for client in clients])
     lots = torch.tensor([client.expected_lot for client in clients], dtype=torch.float64)
     return (sums / lots[:, None]).to(params)

@@ -8,9 +8,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from torch import Tensor
 
-from clients.cohort import LocalGradient, gather
+from clients.cohort import LocalGradient
 from clients.frozen import Frozen, FrozenStore
 from clients.guard import Guard, Owner
+from clients.passes import gather
 from clients.private import Private
 from clients.store import ClientStore, MemoryStore
 from clients.training import LocalTraining
@@ -167,7 +168,7 @@ class Site:
     def noised_gradients(self, rows: Tensor, private: Private) -> Params:
         """Return the adapted layers' summed gradients of a lot of ``rows``, clipped and noised."""
         (lot,) = private.lots(rows, 1)
-        batches = (gather(self.examples, row[None, None], self.device) for row in lot[lot >= 0])
+        batches = (gather(self.examples, row, self.device) for row in lot[lot >= 0])
         std = private.noise_multiplier * private.clipping_norm
         sums = clipped_gradients(self.model, batches, private.clipping_norm, grid(std))
         layout = Layout.of(sums)

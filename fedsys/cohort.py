@@ -28,7 +28,7 @@ from fedsys.cohort_layers import (
     length_of,
 )
 from fedsys.data.examples import Batch, Examples
-from fedsys.losses import client_losses
+from fedsys.losses import client_losses, row_targets
 from fedsys.models import refuse_cross_sample
 from fedsys.params import Layout, Params
 from fedsys.prefix import STATES, prefix_of
@@ -167,6 +167,6 @@ def row_gradients(
     """
     leaves = {n: nn.Parameter(part) for n, part in model.layout.unpack(copies).items()}
     model.bind(leaves)
-    losses = client_losses(model(**inputs), labels, len(copies))
+    losses = client_losses(model(**inputs), labels, row_targets(labels))
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
     return [gradient.flatten(1) for gradient in gradients]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fedsys.cohort import CohortModel
 from fedsys.data.examples import Examples
-from fedsys.losses import row_hits, row_losses
+from fedsys.losses import row_hits, row_losses, row_targets
 
 
 @torch.no_grad()
@@ -34,9 +34,8 @@ def evaluate(
         batch = {n: v.to(device) for n, v in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch)
-        sums, counts = row_losses(logits, labels)
-        loss += sums.double().sum().item()
-        targets += counts.sum().item()
+        loss += row_losses(logits, labels).double().sum().item()
+        targets += row_targets(labels).sum().item()
         if not regression:
             hits += row_hits(logits, labels).sum().item()
     found = {"eval_loss": loss / max(targets, 1.0)}

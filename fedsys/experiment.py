@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clients import CohortApp
 from fedsys.checkpoint import Checkpoints, ClientStates
+from fedsys.chunks import chunk_size
 from fedsys.config import Experiment, build, configure
 from fedsys.console import Observer, Silent
 from fedsys.data import plot_partition, write_manifest
@@ -21,7 +22,7 @@ from fedsys.engines.faulty import FaultGrid
 from fedsys.engines.local import Local, LocalGrid
 from fedsys.errors import ConfigError, RunError
 from fedsys.exports import check_export, write_adapter, write_merged
-from fedsys.federation import Federation, assemble, chunk_size
+from fedsys.federation import Federation, assemble
 from fedsys.models.hub import PACKAGED
 from fedsys.params import Params
 from fedsys.participation_picture import plot_participation

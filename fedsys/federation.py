@@ -3,7 +3,6 @@
 What fedsys, strategies and clients keep apart is put together here and nowhere else.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +28,6 @@ from fedsys.config import Experiment
 from fedsys.data import Dataset, Shards
 from fedsys.errors import ConfigError, DataError
 from fedsys.evaluate import evaluate
-from fedsys.memory import available, kept
 from fedsys.models import choose_attention
 from fedsys.params import Params
 from fedsys.participation import SupportsFit, SupportsMarginals
@@ -42,10 +40,6 @@ from fedsys.snapshot import Snapshot
 from fedsys.strategy import Strategy
 from strategies import FedSB
 from strategies.feedback import codec
-
-POSITIONS = 4096  # positions of work in one pass that keep a core busy: rows times tokens
-LARGEST_CHUNK = 100  # clients
-COPIES = 6  # of a client's trainable tensors: weights, gradients twice, two of an optimizer, result
 
 
 @dataclass
@@ -202,42 +196,6 @@ def build_model(experiment: Experiment, dataset: Dataset, device: torch.device) 
             param.data = param.data.to(dtype)
     choose_attention(model, dtype, device)
     return model
-
-
-def chunk_size(federation: Federation) -> int:
-    """Return how many clients train in one pass: ``engine.chunk``, or by the size of the work.
-
-    Where memory is short it is by what a pass of one client was seen to take.
-    """
-    experiment = federation.experiment
-    if experiment.engine.chunk is not None:
-        return int(experiment.engine.chunk)
-    limit = min(_largest_chunk(federation), LARGEST_CHUNK)
-    if federation.device.type != "cuda":  # that is the better used the larger its work
-        rows = federation.site.training.batch_size * federation.dataset.train.positions
-        limit = min(limit, POSITIONS // rows)
-    limit = max(1, limit)
-    # Even chunks: 20 clients by 16 are 10 and 10, in less memory than 16 and 4.
-    cohort = getattr(experiment.participation, "cohort", None) or len(federation.shards)
-    return math.ceil(cohort / math.ceil(cohort / limit))
-
-
-def _largest_chunk(federation: Federation) -> int:
-    """Return how many clients fit into half of the memory that there is."""
-    model, training = federation.model, federation.site.training
-    left = available(federation.device)
-    if left is None:
-        return LARGEST_CHUNK
-    examples = federation.dataset.train
-    rows = torch.arange(len(examples))
-    if (lengths := examples.lengths(rows)) is not None:  # the longest, which take the most
-        rows = lengths.argsort(descending=True)
-    batch = examples.batch(rows[torch.arange(training.batch_size) % len(rows)])
-    inputs = {n: v.to(federation.device) for n, v in batch.items() if n != "labels"}
-    leaves = model.layout.unpack(model.initial[None].to(federation.device))
-    model.bind({name: nn.Parameter(value) for name, value in leaves.items()})
-    activations = kept(model, inputs)
-    return left // 2 // (activations + COPIES * model.initial.nbytes)
 
 
 def _strategy(

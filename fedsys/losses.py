@@ -18,13 +18,21 @@ from fedsys.data.examples import IGNORE
 NARROW = 16  # classes
 MANY = 4096  # logits
 
-__all__ = ["IGNORE", "client_losses", "row_hits", "row_losses", "weightless"]
+__all__ = [
+    "IGNORE",
+    "client_losses",
+    "client_targets",
+    "row_hits",
+    "row_losses",
+    "row_targets",
+    "weightless",
+]
 
 
-def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss (rows,) and the number of targets (rows,) of each row.
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed loss (rows,) of each row's targets.
 
-    The loss of a class or a token is its cross-entropy; a vector to hit is one target.
+    The loss of a class or a token is its cross-entropy.
     """
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
@@ -32,10 +40,17 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         unknown = labels.isnan()
         # Filled before it is squared: the derivative of a NaN that is left out later is NaN.
         distance = (logits - labels).masked_fill(unknown, 0)
-        return distance.square().sum(1) / 2, (~unknown).any(1).long()
+        return distance.square().sum(1) / 2
     logits, labels = _aligned(logits, labels)
     flat = _cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return flat.view(labels.shape).sum(1), (labels != IGNORE).sum(1)
+    return flat.view(labels.shape).sum(1)
+
+
+def row_targets(labels: Tensor) -> Tensor:
+    """Return how many targets (rows,) each row has: a class or a vector is one."""
+    if labels.is_floating_point():
+        return (~labels.isnan()).any(1).long()
+    return (_targets(labels) != IGNORE).sum(1)
 
 
 def row_hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -44,14 +59,19 @@ def row_hits(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits.argmax(-1) == labels) & (labels != IGNORE)).sum(1)
 
 
-def client_losses(logits: Tensor, labels: Tensor, clients: int) -> Tensor:
-    """Return each client's mean loss (K,) over the targets among its share of the rows.
+def client_targets(labels: Tensor, clients: int) -> Tensor:
+    """Return how many targets (K,) there are among each client's share of the rows."""
+    return row_targets(labels).view(clients, -1).sum(1)
 
-    A client without targets has loss 0 and no gradient.
+
+def client_losses(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Return each client's part (K,) of its mean loss: the losses of its rows over its targets.
+
+    ``targets`` (K,) counts them, those of other passes included. A client without any has loss 0
+    and no gradient.
     """
-    sums, counts = row_losses(logits, labels)
-    total = counts.view(clients, -1).sum(1).clamp(min=1)
-    return sums.view(clients, -1).sum(1) / total
+    sums = row_losses(logits, labels)
+    return sums.view(len(targets), -1).sum(1) / targets.clamp(min=1)
 
 
 def weightless(labels: Tensor) -> float:
@@ -71,6 +91,9 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _aligned(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits (rows, T, C) and the labels (rows, T) that they are to predict."""
-    if labels.dim() == 1:
-        return logits[:, None], labels[:, None]
-    return logits[:, :-1], labels[:, 1:]
+    return (logits[:, None] if labels.dim() == 1 else logits[:, :-1]), _targets(labels)
+
+
+def _targets(labels: Tensor) -> Tensor:
+    """Return the labels (rows, T) that are predicted: not the first token of a row."""
+    return labels[:, None] if labels.dim() == 1 else labels[:, 1:]

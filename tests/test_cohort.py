@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clients.cohort import gather
+from clients.passes import passes
 from clients.training import LocalTraining
 from fedsys.adapters import FFA, Adapter, Full, LoRA, LoRASB, LoRAXS
 from fedsys.cohort import CohortModel
 from fedsys.data import TokenExamples
-from fedsys.losses import IGNORE, client_losses
+from fedsys.losses import IGNORE, client_losses, client_targets
 from strategies import FedProx
 from tests.cohorts import (
     CLASSES,
@@ -214,7 +214,7 @@ def test_rows_without_targets_have_no_influence():
     def gradients(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         flat = cohort.initial.repeat(2, 1).requires_grad_()
         cohort.bind(cohort.layout.unpack(flat))
-        losses = client_losses(cohort(**inputs), labels, 2)
+        losses = client_losses(cohort(**inputs), labels, client_targets(labels, 2))
         return torch.autograd.grad(losses.sum(), flat)[0]
 
     found = gradients(batch, labels)
@@ -244,7 +244,27 @@ def test_filling_up_makes_no_row_longer():
     lengths = examples.offsets.diff()
     short = (lengths <= 3).nonzero().flatten()
     rows = torch.stack([short[:2], torch.tensor([short[2], -1])])
-    assert gather(examples, rows, CPU)["input_ids"].shape[1] == lengths[short[:3]].max()
+    ((filled, absent),) = passes(examples, rows, CPU)
+    assert absent.sum() == 1
+    assert lengths[filled].max() == lengths[short[:3]].max()
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_step_in_many_passes_is_the_step_in_one(
+    model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+):
+    counts: list[int] = []
+
+    def counted(*args: object) -> object:
+        found = passes(*args)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr("clients.cohort.passes", counted)
+    monkeypatch.setattr("clients.passes.OVERHEAD", {"cpu": 0})
+    check(model, "lora_sb", optimizer, torch.float64)
+    assert max(counts) >= 4
 
 
 def test_a_row_of_one_token_has_nothing_to_predict():

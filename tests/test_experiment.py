@@ -19,7 +19,8 @@ from tokenizers.pre_tokenizers import Whitespace
 import clients.cohort
 import fedsys
 from fedsys.checkpoint import Checkpoints
-from fedsys.federation import assemble, chunk_size
+from fedsys.chunks import chunk_size
+from fedsys.federation import assemble
 
 SMALL = ["num_clients=10", "rounds=3", "client.epochs=1", "engine.threads=1", "data.limit=400"]
 METRICS = {
@@ -220,6 +221,13 @@ def test_the_chunk_follows_the_size_of_the_work(tmp_path: Path) -> None:
     assert chunk_size(assemble(large)) == 20  # 4096 // 128 = 32 would leave 8 over
 
 
+def test_the_chunk_follows_the_mean_length(tmp_path: Path) -> None:
+    rows = [f"{'a ' * length},{row % 2}" for row in range(64) for length in (4, 52)]
+    words = [*small_texts(tmp_path, rows), "num_clients=100", "client.batch_size=4"]
+    # 4096 / (4 * 28) = 36, and 100 by 36 are 34, 33, 33; by the longest, 52, they would be 17
+    assert chunk_size(assemble(fedsys.config.configure(words))) == 34
+
+
 def test_where_memory_is_short_fewer_clients_share_a_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +235,7 @@ def test_where_memory_is_short_fewer_clients_share_a_pass(
     federation = assemble(fedsys.config.configure(overrides))
     chunks = []
     for power in range(30, -1, -1):
-        monkeypatch.setattr(fedsys.federation, "available", lambda _, free=2**power: free)
+        monkeypatch.setattr(fedsys.chunks, "available", lambda _, free=2**power: free)
         chunks.append(chunk_size(federation))
     assert chunks == sorted(chunks, reverse=True)
     assert {40, 20, 1} <= set(chunks)  # even ones, and one at least
@@ -250,16 +258,27 @@ def test_a_resumed_run_keeps_its_chunk(tmp_path: Path, monkeypatch: pytest.Monke
     assert used == [2]
 
 
-def test_batches_of_one_length_when_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def small_texts(folder: Path, rows: list[str]) -> list[str]:
+    """Return the settings of a tiny model on ``rows`` of words and a label."""
     tokens = {"[PAD]": 0, "[UNK]": 1, "a": 2}
     tokenizer = Tokenizer(WordLevel(tokens, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.add_special_tokens(["[PAD]", "[UNK]"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    rows = [f"{'a ' * (1 + row % 16)},{row % 2}" for row in range(256)]
-    (tmp_path / "rows.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "rows.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
+    return [
+        *SMALL, f"out={folder / 'out'}", "data=text", "model=hf_classifier",
+        f"data.path={folder / 'rows.csv'}", "data.text=sentence",
+        "data.label=label", "data.limit=null", "model.name=null",
+        "model.config={model_type: bert, hidden_size: 16, num_hidden_layers: 1, "
+        "num_attention_heads: 2, intermediate_size: 16}",
+        f"model.tokenizer_name={folder / 'tokenizer.json'}", "adapter.rank=4",
+    ]  # fmt: skip
+
+
+def test_batches_of_one_length_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, int]] = []
     gather = clients.cohort.gather
 
@@ -270,13 +289,9 @@ def test_batches_of_one_length_when_asked_for(
 
     monkeypatch.setattr("clients.cohort.gather", watched)
     words = [
-        *SMALL, f"out={tmp_path / 'out'}", "num_clients=4", "rounds=1", "data=text",
-        "model=hf_classifier", f"data.path={tmp_path / 'rows.csv'}", "data.text=sentence",
-        "data.label=label", "data.limit=null", "model.name=null",
-        "model.config={model_type: bert, hidden_size: 16, num_hidden_layers: 1, "
-        "num_attention_heads: 2, intermediate_size: 16}",
-        f"model.tokenizer_name={tmp_path / 'tokenizer.json'}", "adapter.rank=4",
-        "client.batch_size=8", "client.group_by_length=true", "engine.chunk=4",
+        *small_texts(tmp_path, [f"{'a ' * (1 + row % 16)},{row % 2}" for row in range(256)]),
+        "num_clients=4", "rounds=1", "client.batch_size=8", "client.group_by_length=true",
+        "engine.chunk=4",
     ]  # fmt: skip
     result = fedsys.run(words)
     assert result.summary["failures"] == 0

@@ -18,7 +18,7 @@ from fedsys.adapters.lora_sb import clipped_gradients, summed_gradients
 from fedsys.adapters.lowrank import LowRank
 from fedsys.cohort import CohortModel, row_gradients
 from fedsys.data import TensorExamples
-from fedsys.losses import client_losses
+from fedsys.losses import client_losses, client_targets
 from fedsys.params import Layout, norm
 from fedsys.privacy.noise import SeededStream, grid
 from tests.cohorts import CPU, examples_of, network, vectors
@@ -74,7 +74,8 @@ def test_a_rows_gradient_is_that_of_the_row_alone(model, adapter):
         inputs = {name: value[row : row + 1] for name, value in batch.items()}
         leaves = {n: nn.Parameter(p) for n, p in cohort.layout.unpack(flat.detach()).items()}
         cohort.bind(leaves)
-        loss = client_losses(cohort(**inputs), labels[row : row + 1], 1).sum()
+        label = labels[row : row + 1]
+        loss = client_losses(cohort(**inputs), label, client_targets(label, 1)).sum()
         alone = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         expected = torch.cat([gradient.flatten() for gradient in alone])
         assert expected.norm() > 0
@@ -230,7 +231,7 @@ def noise_of(z: float, name: int) -> Tensor:
     batch = empty.batch(torch.zeros(0, dtype=torch.int64))
     owner = torch.zeros(0, dtype=torch.int64)
     guards = [stub(lot=8.0, z=z, clip=0.5, name=name), stub(lot=2.0, z=z, name=name + 1)]
-    return private_gradients(cohort, cohort.initial.repeat(2, 1), batch, owner, guards)
+    return private_gradients(cohort, cohort.initial.repeat(2, 1), [(batch, owner)], guards)
 
 
 def test_noise_has_its_standard_deviation_and_clients_their_own():

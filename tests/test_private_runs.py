@@ -688,9 +688,9 @@ def test_lots_without_a_row_are_steps_all_the_same(tmp_path: Path) -> None:
     sizes: list[int] = []
     right = clients.cohort.private_gradients
 
-    def note(model: Any, params: Tensor, batch: Any, owner: Tensor, guards: Any) -> Tensor:
-        sizes.append(len(owner))
-        return right(model, params, batch, owner, guards)
+    def note(model: Any, params: Tensor, batches: Any, guards: Any) -> Tensor:
+        sizes.append(sum(len(owner) for _, owner in batches))
+        return right(model, params, batches, guards)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clients.cohort, "private_gradients", note)
@@ -807,9 +807,9 @@ def lot_sizes(folder: Path) -> Tensor:
     sizes: list[int] = []
     right = clients.cohort.private_gradients
 
-    def note(model: Any, params: Tensor, batch: Any, owner: Tensor, guards: Any) -> Tensor:
-        sizes.append(len(owner))
-        return right(model, params, batch, owner, guards)
+    def note(model: Any, params: Tensor, batches: Any, guards: Any) -> Tensor:
+        sizes.append(sum(len(owner) for _, owner in batches))
+        return right(model, params, batches, guards)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clients.cohort, "private_gradients", note)

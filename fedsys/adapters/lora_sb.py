@@ -191,8 +191,7 @@ def summed_gradients(model: CohortModel, batches: Iterable[Batch]) -> Params:
         for batch in batches:
             labels = batch["labels"]
             inputs = {n: v for n, v in batch.items() if n != "labels"}
-            losses, _ = row_losses(model(**inputs), labels)
-            losses.sum().backward()
+            row_losses(model(**inputs), labels).sum().backward()
     finally:
         for handle, layer in zip(handles, layers.values(), strict=True):
             handle.remove()
