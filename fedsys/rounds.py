@@ -212,19 +212,19 @@ class Round:
         if isinstance(replies, Collection):  # of any order; a stream comes in order of clients
             last = len(clients)
             replies = sorted(replies, key=lambda r: clients.get(r.metadata.src_node_id, last))
+        expected = (str(self.index), "")
         for reply in replies:
-            client = clients.get(reply.metadata.src_node_id)
+            metadata = reply.metadata
+            client = clients.get(metadata.src_node_id)
             if client is None:
                 client = self._client_asked(reply, clients)
             if client is None:
                 self.exclude(ClientFailure(-1, _stranger(reply)), excluded)
-            elif reply.metadata.group_id not in (str(self.index), ""):
-                reason = f"answered round {reply.metadata.group_id!r:.40} in round {self.index}"
+            elif metadata.group_id not in expected:
+                reason = f"answered round {metadata.group_id!r:.40} in round {self.index}"
                 self.exclude(ClientFailure(client, reason), excluded)
-            elif self._kind and reply.metadata.message_type != self._kind:
-                reason = (
-                    f"answered {reply.metadata.message_type!r:.40}, and was asked to {self._kind}"
-                )
+            elif self._kind and metadata.message_type != self._kind:
+                reason = f"answered {metadata.message_type!r:.40}, and was asked to {self._kind}"
                 self.exclude(ClientFailure(client, checks.legible(reason)), excluded)
             elif client in self._heard:
                 self.exclude(ClientFailure(client, "answered twice"), excluded)
