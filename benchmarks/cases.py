@@ -59,7 +59,15 @@ LOW = "dtype=bfloat16"
 def groups(bfloat16: bool) -> list[Group]:
     """Return all groups, with or without the cases in bfloat16."""
     privacy = [_privacy()] if bfloat16 else []
-    return [_w1(), _w2(bfloat16), _w3(bfloat16), *privacy, _upper(bfloat16), _scaling()]
+    return [
+        _w1(),
+        _w2(bfloat16),
+        _ragged(bfloat16),
+        _w3(bfloat16),
+        *privacy,
+        _upper(bfloat16),
+        _scaling(),
+    ]
 
 
 def _w1() -> Group:
@@ -99,6 +107,31 @@ def _w2(bfloat16: bool) -> Group:
         ]
         ratios.append(Ratio("Flower on Ray, float32", "fedsys on two cores, bfloat16"))
     return Group("w2", tuple(cases), tuple(ratios), turns=3, rounds=1)
+
+
+def _ragged(bfloat16: bool) -> Group:
+    """W2 on rows of 8 to 64 tokens; the others fill a batch up to its longest row."""
+    work = (*W2, "data.length=64", "data.shortest=8")
+    cases = [
+        Case("loop", "float32", "loop", work),
+        Case("pfl", "float32", "on_pfl", work, EXACT),
+        Case("fedsys", "float32", "ours", work, EXACT),
+    ]
+    ratios = [
+        Ratio("loop, float32", "fedsys, float32"),
+        Ratio("pfl, float32", "fedsys, float32"),
+    ]
+    if bfloat16:
+        cases += [
+            Case("tuned loop", "bfloat16", "loop", (*work, LOW), ROUNDED),
+            Case("fedsys", "bfloat16", "ours", (*work, LOW), ROUNDED),
+        ]
+        ratios += [
+            Ratio("loop, float32", "fedsys, bfloat16"),
+            Ratio("pfl, float32", "fedsys, bfloat16"),
+            Ratio("tuned loop, bfloat16", "fedsys, bfloat16"),
+        ]
+    return Group("ragged", tuple(cases), tuple(ratios), turns=2, rounds=1)
 
 
 def _w3(bfloat16: bool) -> Group:

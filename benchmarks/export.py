@@ -35,7 +35,7 @@ def export(experiment: Experiment, rounds: int) -> Work:
     return Work(
         model=perceptron(built.get_submodule("fc1"), built.get_submodule("head"))
         if tokenizer is None
-        else encoder(built),
+        else encoder(built, None if rows["attention_mask"].all() else tokenizer.pad_token_id),
         inputs=rows["x"].flatten(1) if tokenizer is None else rows["input_ids"],
         labels=rows["labels"],
         plan=plan,
@@ -45,8 +45,8 @@ def export(experiment: Experiment, rounds: int) -> Work:
     )
 
 
-def encoder(model: nn.Module) -> nn.Module:
-    """Return the plain form of an adapted encoder."""
+def encoder(model: nn.Module, padding: int | None) -> nn.Module:
+    """Return the plain form of an adapted encoder of rows filled up with ``padding``, if any."""
     for name, layer in list(low_rank_layers(model)):
         parent, _, leaf = name.rpartition(".")
         plain = Adapted(layer.base, layer.A.weight, layer.R, layer.B.weight)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def encoder(model: nn.Module) -> nn.Module:
     if backbone.config._attn_implementation == ATTENTION:  # type: ignore[union-attr]
         # The same two products by their name in transformers, which every environment has.
         backbone.set_attn_implementation("eager")  # type: ignore[operator]
-    return Encoder(backbone, model.get_submodule("classifier"))  # type: ignore[arg-type]
+    return Encoder(backbone, model.get_submodule("classifier"), padding)  # type: ignore[arg-type]
 
 
 def cohorts(experiment: Experiment) -> Iterator[list[int]]:

@@ -32,14 +32,20 @@ class Adapted(nn.Module):
 class Encoder(nn.Module):
     """A transformer with a linear classifier on the mean of its hidden states."""
 
-    def __init__(self, backbone: nn.Module, classifier: nn.Linear) -> None:
-        """Put both together."""
+    def __init__(self, backbone: nn.Module, classifier: nn.Linear, padding: int | None) -> None:
+        """Put both together; ``padding`` is the token that fills rows up, if any is short."""
         super().__init__()
-        self.backbone, self.classifier = backbone, classifier
+        self.backbone, self.classifier, self.padding = backbone, classifier, padding
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the logits of rows without padding."""
-        mean = self.backbone(input_ids=ids).last_hidden_state.mean(1)
+        """Return the logits of rows, run no longer than the longest of them."""
+        if self.padding is None:
+            mean = self.backbone(input_ids=ids).last_hidden_state.mean(1)
+        else:
+            ids = ids[:, : int((ids != self.padding).sum(1).max())]
+            mask = ids != self.padding
+            hidden = self.backbone(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         logits: Tensor = self.classifier(mean.to(self.classifier.weight.dtype))
         return logits
 

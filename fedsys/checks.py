@@ -6,8 +6,7 @@ those that were sent, numbers are finite, counts are counts, and what is frozen 
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -49,7 +48,7 @@ def read_update(
     be used: an error, other names, shapes or dtypes than were sent, NaN or Inf (or what float32
     would take for it), no positive number of examples, another basis.
     """
-    with _blaming(client):
+    with _Blaming(client):
         arrays, numbers, facts = _records_of(reply)
         delta = _decoded(arrays, decode_reply) if decode_reply else _difference(arrays, sent)
         metrics = read_metrics(numbers)
@@ -65,7 +64,7 @@ def read_masked(reply: Message, client: int, basis: str = "") -> int:
 
     Raises ``ClientFailure`` on an error, without a positive number of examples, on another basis.
     """
-    with _blaming(client):
+    with _Blaming(client):
         metrics = read_metrics(_only(content_of(reply).values(), MetricRecord))
         if _facts(reply).get(BASIS, "") != basis:
             raise ValueError(_OTHER_FACTORS)
@@ -78,7 +77,7 @@ def read_arrays(reply: Message, client: int, shapes: Mapping[str, tuple[int, ...
     Raises ``ClientFailure`` on an error, on other names or shapes than ``shapes``, on NaN or Inf,
     on whole numbers, on a number of examples that is none.
     """
-    with _blaming(client):
+    with _Blaming(client):
         content = content_of(reply)
         arrays = decode(_only(content.values(), ArrayRecord))
         if {name: tuple(value.shape) for name, value in arrays.items()} != dict(shapes):
@@ -95,7 +94,7 @@ def read_arrays(reply: Message, client: int, shapes: Mapping[str, tuple[int, ...
 
 def read_reply_metrics(reply: Message, client: int) -> dict[str, float]:
     """Return an evaluation reply's metrics; raise ``ClientFailure`` when it cannot be used."""
-    with _blaming(client):
+    with _Blaming(client):
         return read_metrics(_only(content_of(reply).values(), MetricRecord))
 
 
@@ -129,7 +128,7 @@ def content_of(reply: Message) -> RecordDict:
 
 def read_content(reply: Message, client: int) -> RecordDict:
     """Return the reply's content; raise ``ClientFailure`` when it is an error."""
-    with _blaming(client):
+    with _Blaming(client):
         return content_of(reply)
 
 
@@ -139,7 +138,7 @@ def read_spent(reply: Message, client: int, before: Spent = ()) -> Spent:
     Raises ``ClientFailure`` when it says nothing, what cannot be, or less than ``before``, which is
     what it had said: a ledger only grows.
     """
-    with _blaming(client):
+    with _Blaming(client):
         numbers = _facts(reply).get(SPENT)
         if not isinstance(numbers, list) or not numbers or len(numbers) % 3:
             raise ValueError("a private run needs what the client has spent, and it says nothing")
@@ -165,7 +164,7 @@ def _release(noise_multiplier: float, sample_rate: float, steps: float) -> Relea
     return Release(noise_multiplier, sample_rate, int(steps))
 
 
-class _blaming:  # noqa: N801  # read as a function; one that yields takes three times as long
+class _Blaming:  # a generator as a context manager takes three times as long
     """Raise what goes wrong inside as a ``ClientFailure`` of ``client``."""
 
     def __init__(self, client: int) -> None:

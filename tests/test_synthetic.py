@@ -52,6 +52,20 @@ def test_the_first_eight_tokens_tell_the_class_and_the_others_do_not(tokenizer) 
         assert len(random[data.train.labels == label].unique()) > 40
 
 
+def test_lengths_are_uniform_in_their_logarithm(tokenizer) -> None:
+    data = tokens(rows=4000, length=64, shortest=8).load(tokenizer, 0, [])
+    lengths = data.train.lengths(torch.arange(4000))
+    assert (int(lengths.min()), int(lengths.max())) == (8, 64)
+    assert data.train.positions == 64
+    for share, length in ((1 / 3, 16), (2 / 3, 32)):  # 8 -> 64 is doubled three times
+        below = (lengths <= length).double().mean().item()
+        assert below == pytest.approx(share, abs=0.03)
+    short = int(lengths.argmin())
+    batch = data.train.batch(torch.tensor([short, int(lengths.argmax())]))
+    assert batch["attention_mask"].sum(1).tolist() == [8, 64]
+    assert len(batch["input_ids"][0, :8].unique()) == 1
+
+
 def test_the_seed_alone_decides(tokenizer) -> None:
     first, again, other = (tokens().load(tokenizer, seed, []) for seed in (3, 3, 4))
     assert first.fingerprint() == again.fingerprint() != other.fingerprint()
@@ -66,7 +80,15 @@ def test_the_label_can_be_kept_as_a_column(tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("rows", 0), ("length", 7), ("num_classes", 1), ("eval_rows", 0)]
+    ("name", "value"),
+    [
+        ("rows", 0),
+        ("length", 7),
+        ("num_classes", 1),
+        ("eval_rows", 0),
+        ("shortest", 7),
+        ("shortest", 13),
+    ],
 )
 def test_ranges(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):

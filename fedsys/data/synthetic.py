@@ -20,12 +20,17 @@ SIGNAL = 8  # tokens at the beginning of a row that tell its class
 
 @dataclass(frozen=True, kw_only=True)
 class RandomTokens:
-    """Rows of one length: a token that stands for the class, eight times, then random tokens."""
+    """Rows of a token that stands for the class, eight times, and then random tokens.
+
+    With ``shortest`` the logarithm of a row's length is uniform: there are many short rows and few
+    long ones, as of sentences.
+    """
 
     rows: int  # to train on
-    length: int  # tokens of a row
+    length: int  # tokens of the longest row
     num_classes: int
     eval_rows: int  # held out, beside ``rows``
+    shortest: int | None = None  # tokens of the shortest row; None: all are of one length
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -33,6 +38,10 @@ class RandomTokens:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}")
+        if self.shortest is not None and not SIGNAL <= self.shortest <= self.length:
+            raise ValueError(
+                f"shortest must be from {SIGNAL} to length={self.length}, got {self.shortest}"
+            )
 
     def check(self) -> list[str]:
         """Return the problems that can be found without loading: none."""
@@ -80,9 +89,13 @@ class RandomTokens:
         labels = torch.randint(self.num_classes, (count,), generator=draw)
         tokens = words[torch.randint(len(words), (count, self.length), generator=draw)]
         tokens[:, :SIGNAL] = signs[labels, None]
+        lengths = torch.full((count,), self.length)
+        if self.shortest is not None:
+            ratio = self.length / self.shortest
+            lengths = (self.shortest * ratio ** torch.rand(count, generator=draw)).round().long()
         return TokenExamples(
-            tokens=tokens.flatten(),
-            offsets=torch.arange(count + 1) * self.length,
+            tokens=tokens[torch.arange(self.length) < lengths[:, None]],
+            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
             pad_id=pad,
             labels=labels,
         )
