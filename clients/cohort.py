@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clients.descent import Descent
-from clients.passes import gather, lots, passes
+from clients.passes import Passes, by_column, by_row, gather
 from clients.private import Private, private_gradients
 from clients.training import LocalTraining
 from fedsys.attacks import flip_labels
-from fedsys.cohort import CohortModel
+from fedsys.cohort import CohortModel, row_gradients
 from fedsys.data.examples import Batch, Examples
-from fedsys.losses import client_losses, client_targets
+from fedsys.losses import client_losses, client_targets, row_targets
 from fedsys.params import Params
 
 LocalGradient = Callable[[Params, Params], Params]  # (w, x_t) -> what is added to the gradient
@@ -98,19 +98,25 @@ def _gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> 
     """Write the gradients of the losses on ``rows`` (K, B), and return the losses (K,)."""
     if flat.grad is None:
         flat.grad = torch.empty_like(flat)
-    written = list(task.model.layout.unpack(flat.grad).values())
+    model, together = task.model, by_column(task.examples, rows, task.device)
+    if together.positions and len(rows) > 1:
+        alone = by_row(task.examples, rows, task.device)
+        cheaper = alone.positions + model.copying * rows.numel() < together.positions
+        if cheaper and alone.fit(model.layout.size):
+            losses = _gradients_by_row(task, flat, alone)
+            model.bind(leaves)
+            return losses
     clients = torch.arange(len(rows))[:, None]
     batches = [
-        _batch(task, part, clients.expand(part.shape), absent)
-        for part, absent in passes(task.examples, rows, task.device)
+        _batch(task, part, clients.expand(part.shape), absent) for part, absent in together.parts
     ]
     # A client's mean is over the targets of all passes.
     targets = torch.stack([client_targets(b["labels"], len(rows)) for b in batches]).sum(0)
     losses = torch.zeros(len(rows))
+    written, tensors = list(model.layout.unpack(flat.grad).values()), list(leaves.values())
     for number, batch in enumerate(batches):
         labels = batch.pop("labels")
-        parts = client_losses(task.model(**batch), labels, targets)
-        tensors = list(leaves.values())
+        parts = client_losses(model(**batch), labels, targets)
         gradients = torch.autograd.grad(parts.sum(), tensors, materialize_grads=True)
         if number == 0:
             torch._foreach_copy_(written, gradients)
@@ -120,12 +126,30 @@ def _gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> 
     return losses
 
 
+def _gradients_by_row(task: Task, flat: nn.Parameter, passes: Passes) -> Tensor:
+    """Do what ``_gradients`` does where each row has a copy of its client's tensors."""
+    batches = [(_batch(task, part, owner), owner.to(task.device)) for part, owner in passes.parts]
+    targets = torch.zeros(len(flat), dtype=torch.int64, device=task.device)
+    for batch, owner in batches:
+        targets.index_add_(0, owner, row_targets(batch["labels"]))
+    losses = torch.zeros(len(flat), device=task.device)
+    gradient = flat.grad = torch.zeros_like(flat)
+    written = [part.flatten(1) for part in task.model.layout.unpack(gradient).values()]
+    for batch, owner in batches:
+        labels = batch.pop("labels")
+        parts, gradients = row_gradients(
+            task.model, flat.detach()[owner], batch, labels, targets[owner]
+        )
+        for whole, part in zip(written, gradients, strict=True):
+            whole.index_add_(0, owner, part)
+        losses.index_add_(0, owner, parts.float())
+    return losses.cpu()
+
+
 def _private_gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> Tensor:
     """Write the noised gradients of the lots ``rows`` (K, B), and return NaN (K,)."""
-    batches = [
-        (_batch(task, part, owner), owner.to(task.device))
-        for part, owner in lots(task.examples, rows, task.device)
-    ]
+    lots = by_row(task.examples, rows, task.device)
+    batches = [(_batch(task, part, owner), owner.to(task.device)) for part, owner in lots.parts]
     clients = task.private[: len(flat)]
     flat.grad = private_gradients(task.model, flat.detach(), batches, clients)
     return torch.full((len(flat),), torch.nan)

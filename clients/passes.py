@@ -1,8 +1,13 @@
 """Which rows of a local step run together, so that little of a pass is padding.
 
 A gradient is a sum over rows, so a step may run its rows in several passes, each padded to its own
-longest row. Symbols: K clients, B rows of a client in this step, -1 among them for no row.
+longest row. Where every client has one copy of what trains, a pass takes as many rows of each of
+them; where every row has a copy, any rows of about one length.
+
+Symbols: K clients, B rows of a client in this step, -1 among them for no row.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,23 +20,40 @@ from fedsys.losses import weightless
 # two small layers. Elsewhere a pass is mostly launches, and its positions cost next to nothing.
 OVERHEAD = {"cpu": 128}
 OVERHEAD_ELSEWHERE = 32768
+LARGEST_PASS = 16_000_000  # numbers in the rows' copies of the trainable tensors
 
 
-def passes(examples: Examples, rows: Tensor, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Return the passes of ``rows`` (K, B): row numbers (K, b), and which of them have no weight.
+@dataclass(frozen=True)
+class Passes:
+    """Row numbers of each pass, with what stands for them; and what all passes cost.
 
-    Every client has as many rows in a pass as every other. The shortest row of all fills up, for
-    tokens can do no harm; but where rows are numbers, a client's own, so that what is broken in one
-    client's data breaks no other client.
+    By column the row numbers are (K, b), every client's as many as every other's, and beside them
+    stands which are without weight, bool. By row they are (n,), and beside them stands which client
+    (n,) each belongs to.
+    """
+
+    parts: list[tuple[Tensor, Tensor]]
+    positions: int  # what takes as long as all of them; 0 where rows are of one size
+
+    def fit(self, size: int) -> bool:
+        """Return whether every row of a pass may have a copy of ``size`` numbers."""
+        return all(rows.numel() * size <= LARGEST_PASS for rows, _ in self.parts)
+
+
+def by_column(examples: Examples, rows: Tensor, device: torch.device) -> Passes:
+    """Return passes of ``rows`` (K, B) for models with a copy of what trains for each client.
+
+    The shortest row of all fills up, for tokens can do no harm; but where rows are numbers, a
+    client's own, so that what is broken in one client's data breaks no other client.
     """
     absent = rows < 0
     lengths = examples.lengths(rows.clamp(min=0).flatten())
     if lengths is None:
         if not absent.any():
-            return [(rows, absent)]
+            return Passes([(rows, absent)], 0)
         own = rows.amax(1, keepdim=True).clamp(min=0)
         some = ~absent.all(0)
-        return [(torch.where(absent, own, rows)[:, some], absent[:, some])]
+        return Passes([(torch.where(absent, own, rows)[:, some], absent[:, some])], 0)
     lengths = torch.where(absent, torch.iinfo(torch.int64).max, lengths.view(rows.shape))
     shortest = lengths.argmin()
     rows = torch.where(absent, rows.flatten()[shortest].clamp(min=0), rows)
@@ -39,34 +61,33 @@ def passes(examples: Examples, rows: Tensor, device: torch.device) -> list[tuple
     order = lengths.masked_fill(absent, -1).argsort(dim=1, stable=True)
     rows, absent, lengths = (part.gather(1, order) for part in (rows, absent, lengths))
     some = ~absent.all(0)
-    counts = widths(lengths[:, some], _overhead(device))
-    return list(zip(rows[:, some].split(counts, 1), absent[:, some].split(counts, 1), strict=True))
+    counts, positions = widths(lengths[:, some], _overhead(device))
+    parts = zip(rows[:, some].split(counts, 1), absent[:, some].split(counts, 1), strict=True)
+    return Passes(list(parts), positions)
 
 
-def lots(examples: Examples, rows: Tensor, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Return the passes of ``rows`` (K, B) where every row stands for itself.
-
-    Each is its row numbers (n,) and the clients (n,) that they belong to.
-    """
+def by_row(examples: Examples, rows: Tensor, device: torch.device) -> Passes:
+    """Return passes of ``rows`` (K, B) for models with a copy of what trains for each row."""
     owner, column = (rows >= 0).nonzero(as_tuple=True)
     chosen = rows[owner, column]
     lengths = examples.lengths(chosen)
     if lengths is None:
-        return [(chosen, owner)]
+        return Passes([(chosen, owner)], 0)
     order = lengths.argsort(stable=True)
-    counts = widths(lengths[order][None], _overhead(device))
-    return list(zip(chosen[order].split(counts), owner[order].split(counts), strict=True))
+    counts, positions = widths(lengths[order][None], _overhead(device))
+    parts = zip(chosen[order].split(counts), owner[order].split(counts), strict=True)
+    return Passes(list(parts), positions)
 
 
-def widths(lengths: Tensor, overhead: int) -> list[int]:
-    """Return how many columns of ``lengths`` (K, B) to run in each pass, from the first on.
+def widths(lengths: Tensor, overhead: int) -> tuple[list[int], int]:
+    """Return how many columns of ``lengths`` (K, B) to run in each pass, and what they cost.
 
     ``lengths`` are the tokens of the clients' rows, each client's in rising order. The choice is
     the cheapest where a pass takes K * columns * longest row positions and ``overhead`` more.
     """
     clients, columns = lengths.shape
     if not columns:
-        return [0]
+        return [0], 0
     longest = lengths.amax(0)
     ends = [*((longest.diff() > 0).nonzero().flatten() + 1).tolist(), columns]
     # The first passes of the cheapest choice up to a column are the cheapest up to theirs.
@@ -82,7 +103,7 @@ def widths(lengths: Tensor, overhead: int) -> list[int]:
         first = chosen[n - 1]
         found.append(ends[n - 1] - int(starts[first]))
         n = first
-    return found[::-1]
+    return found[::-1], int(cost[-1])
 
 
 def gather(

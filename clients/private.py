@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from clients.passes import LARGEST_PASS
 from fedsys.cohort import CohortModel, row_gradients
 from fedsys.data.examples import Batch
 from fedsys.privacy.noise import Stream, grid, noised_rows
 
-LARGEST_PASS = 16_000_000  # numbers in the rows' copies of the trainable tensors
 _DRAWS = 1_000_000  # rows that a pass of Poisson sampling decides on
 
 
@@ -87,7 +87,8 @@ def clipped_sums(
         rows = slice(first, first + each)
         own = owner[rows]
         chosen = {name: value[rows] for name, value in inputs.items()}
-        gradients = [g.double() for g in row_gradients(model, params[own], chosen, labels[rows])]
+        _, found = row_gradients(model, params[own], chosen, labels[rows])
+        gradients = [gradient.double() for gradient in found]
         squares = torch.stack([g.square().sum(1) for g in gradients]).sum(0)
         # A gradient that is not finite has no direction to keep: it counts as zero.
         finite = squares.isfinite()

@@ -33,6 +33,10 @@ from fedsys.models import refuse_cross_sample
 from fedsys.params import Layout, Params
 from fedsys.prefix import STATES, prefix_of
 
+# Copying a number and adding its gradient up takes 4 ns, a position 0.06 ns for each number of the
+# model: six operations, at 100 GFLOP/s.
+COPYING = 64
+
 __all__ = ["CohortLinear", "CohortModel", "CohortModule", "row_gradients"]
 
 
@@ -40,7 +44,8 @@ class CohortModel(nn.Module):
     """``model`` with its trainable tensors replaced by one copy per client.
 
     ``layout`` says where each lies in a client's flat vector, ``initial`` (size,) is their value
-    at construction. The modules of ``model`` are replaced in place.
+    at construction, ``copying`` is how many positions of a row take as long as one more copy. The
+    modules of ``model`` are replaced in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,6 +59,7 @@ class CohortModel(nn.Module):
         initial = {n: p.detach().clone() for n, p in trainable.items()}
         self.layout = Layout.of(initial)
         self.initial = self.layout.pack(initial)
+        self.copying = COPYING * self.layout.size / sum(p.numel() for p in model.parameters())
         self._size = Pass()
         self._slots: dict[str, list[Callable[[Tensor], None]]] = {n: [] for n in trainable}
         self._layers: dict[nn.Module, CohortLayer] = {}  # by the module each stands for
@@ -159,14 +165,22 @@ class CohortModel(nn.Module):
 
 
 def row_gradients(
-    model: CohortModel, copies: Tensor, inputs: Batch, labels: Tensor
-) -> list[Tensor]:
-    """Return each row's gradients at its own ``copies`` (rows, size), (rows, numbers) a tensor.
+    model: CohortModel,
+    copies: Tensor,
+    inputs: Batch,
+    labels: Tensor,
+    targets: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return each row's loss (rows,), and its gradients, (rows, numbers) a tensor.
 
-    A row is a client of one row, so whatever layer trains in a cohort has gradients by row.
+    They are taken at the row's own ``copies`` (rows, size): a row is a client of one row, so
+    whatever layer trains in a cohort has gradients by row. ``targets`` (rows,) is what a row's
+    loss is divided by; None: the targets of the row.
     """
+    if targets is None:
+        targets = row_targets(labels)
     leaves = {n: nn.Parameter(part) for n, part in model.layout.unpack(copies).items()}
     model.bind(leaves)
-    losses = client_losses(model(**inputs), labels, row_targets(labels))
+    losses = client_losses(model(**inputs), labels, targets)
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
-    return [gradient.flatten(1) for gradient in gradients]
+    return losses.detach(), [gradient.flatten(1) for gradient in gradients]

@@ -1,12 +1,15 @@
 """K clients in one pass are K clients one by one."""
 
 import math
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from clients.passes import passes
+from clients import cohort as local
+from clients.passes import by_column
 from clients.training import LocalTraining
 from fedsys.adapters import FFA, Adapter, Full, LoRA, LoRASB, LoRAXS
 from fedsys.cohort import CohortModel
@@ -244,27 +247,46 @@ def test_filling_up_makes_no_row_longer():
     lengths = examples.offsets.diff()
     short = (lengths <= 3).nonzero().flatten()
     rows = torch.stack([short[:2], torch.tensor([short[2], -1])])
-    ((filled, absent),) = passes(examples, rows, CPU)
+    ((filled, absent),) = by_column(examples, rows, CPU).parts
     assert absent.sum() == 1
     assert lengths[filled].max() == lengths[short[:3]].max()
 
 
 @pytest.mark.parametrize("model", ["bert", "llama", "gpt2"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("adapter", ["lora_sb", "full"])
+@pytest.mark.parametrize("way", ["by_column", "by_row"])
 def test_a_step_in_many_passes_is_the_step_in_one(
-    model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+    model: str, adapter: str, way: str, monkeypatch: pytest.MonkeyPatch
 ):
     counts: list[int] = []
+    kind = local.by_column if way == "by_column" else local.by_row
 
-    def counted(*args: object) -> object:
-        found = passes(*args)
-        counts.append(len(found))
+    def counted(*args: Any) -> Any:
+        found = kind(*args)
+        counts.append(len(found.parts))
         return found
 
-    monkeypatch.setattr("clients.cohort.passes", counted)
+    ours = mock.Mock(wraps=local._gradients_by_row)
+    monkeypatch.setattr(f"clients.cohort.{way}", counted)
+    monkeypatch.setattr("clients.cohort._gradients_by_row", ours)
     monkeypatch.setattr("clients.passes.OVERHEAD", {"cpu": 0})
-    check(model, "lora_sb", optimizer, torch.float64)
+    monkeypatch.setattr("fedsys.cohort.COPYING", 0.0 if way == "by_row" else 1e9)
+    check(model, adapter, "adam", torch.float64)
     assert max(counts) >= 4
+    assert ours.called == (way == "by_row")
+
+
+def test_rows_have_copies_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    ours = mock.Mock(wraps=local._gradients_by_row)
+    monkeypatch.setattr("clients.cohort._gradients_by_row", ours)
+    monkeypatch.setattr("clients.passes.OVERHEAD", {"cpu": 0})
+    monkeypatch.setattr("fedsys.cohort.COPYING", 0.0)
+    size = CohortModel(attached("bert", "lora_sb", torch.float64)).layout.size
+    for most, called in ((size, False), (100 * size, True)):
+        ours.reset_mock()
+        monkeypatch.setattr("clients.passes.LARGEST_PASS", most)
+        check("bert", "lora_sb", "sgd", torch.float64)
+        assert ours.called == called
 
 
 def test_a_row_of_one_token_has_nothing_to_predict():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clients.passes import gather, lots, passes, widths
+from clients.passes import by_column, by_row, gather, widths
 from fedsys.losses import IGNORE
 from tests.cohorts import CPU, texts, vectors
 
@@ -36,17 +36,18 @@ def choices(columns: int) -> list[list[int]]:
 )
 def test_no_choice_of_passes_is_cheaper(lengths: list[list[int]], overhead: int) -> None:
     table = torch.tensor(lengths).sort(1).values
-    found = torch.tensor(widths(table, overhead)).cumsum(0).tolist()
-    assert found[-1] == table.shape[1]
-    least = min(cost(table, ends, overhead) for ends in choices(table.shape[1]))
-    assert cost(table, found, overhead) == least
+    counts, positions = widths(table, overhead)
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    assert ends[-1] == table.shape[1]
+    least = min(cost(table, other, overhead) for other in choices(table.shape[1]))
+    assert cost(table, ends, overhead) == positions == least
 
 
 def test_a_pass_for_every_length_where_passes_are_free_and_one_where_they_are_dear():
     lengths = torch.tensor([[2, 2, 3, 9], [2, 2, 5, 9]])
-    assert widths(lengths, 0) == [2, 1, 1]
-    assert widths(lengths, 10**6) == [4]
-    assert widths(lengths[:, :0], 5) == [0]
+    assert widths(lengths, 0) == ([2, 1, 1], 8 + 10 + 18)
+    assert widths(lengths, 10**6) == ([4], 72 + 10**6)
+    assert widths(lengths[:, :0], 5) == ([0], 0)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_every_row_has_weight_once_and_every_client_as_many_rows_in_a_pass():
     examples = texts(24, labelled=True)
     rows = torch.full((3, 9), -1)
     rows[0], rows[1, 2:6], rows[2, 8] = torch.arange(9), torch.arange(9, 13), 20
-    found = passes(examples, rows, CPU)
+    found = by_column(examples, rows, CPU).parts
     assert len(found) > 2
     for client in range(3):
         own = rows[client][rows[client] >= 0]
@@ -77,29 +78,29 @@ def test_every_row_has_weight_once_and_every_client_as_many_rows_in_a_pass():
 
 def test_rows_of_one_size_are_one_pass_in_their_own_order():
     rows = torch.tensor([[4, 1, 3], [0, 2, 5]])
-    ((part, absent),) = passes(vectors(6), rows, CPU)
+    ((part, absent),) = by_column(vectors(6), rows, CPU).parts
     assert torch.equal(part, rows)
     assert not absent.any()
     ragged = torch.tensor([[4, 1, 3], [0, -1, -1]])
-    ((part, absent),) = passes(vectors(6), ragged, CPU)
+    ((part, absent),) = by_column(vectors(6), ragged, CPU).parts
     assert torch.equal(part[0], ragged[0])
     assert part[1].tolist() == [0, 0, 0]
     assert absent.sum() == 2
 
 
 @pytest.mark.usefixtures("free")
-def test_a_lot_is_parted_by_length_and_keeps_its_owners():
+def test_rows_by_themselves_are_parted_by_length_and_keep_their_owners():
     examples = texts(24, labelled=True)
     rows = torch.arange(24).view(3, 8).clone()
     rows[1, 3:] = -1
-    found = lots(examples, rows, CPU)
+    found = by_row(examples, rows, CPU).parts
     assert len(found) > 2
     pairs = [pair for part, owner in found for pair in zip(part.tolist(), owner.tolist())]  # noqa: B905
     expected = [(int(row), k) for k in range(3) for row in rows[k] if row >= 0]
     assert sorted(pairs) == expected
     for part, _ in found:
         assert len(examples.lengths(part).unique()) == 1
-    ((part, owner),) = lots(vectors(24), rows, CPU)
+    ((part, owner),) = by_row(vectors(24), rows, CPU).parts
     assert list(zip(part.tolist(), owner.tolist(), strict=True)) == expected
-    ((part, owner),) = lots(examples, torch.full((2, 3), -1), CPU)
+    ((part, owner),) = by_row(examples, torch.full((2, 3), -1), CPU).parts
     assert len(part) == len(owner) == 0

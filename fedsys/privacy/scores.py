@@ -101,4 +101,5 @@ def clipped_gradients(
 def _gradients(model: CohortModel, examples: Examples, rows: Tensor, params: Tensor) -> Tensor:
     batch = {name: value.to(params.device) for name, value in examples.batch(rows).items()}
     labels = batch.pop("labels")
-    return torch.cat(row_gradients(model, params.expand(len(rows), -1), batch, labels), 1)
+    _, gradients = row_gradients(model, params.expand(len(rows), -1), batch, labels)
+    return torch.cat(gradients, 1)
