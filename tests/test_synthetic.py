@@ -86,13 +86,17 @@ def test_the_label_can_be_kept_as_a_column(tokenizer) -> None:
         ("length", 7),
         ("num_classes", 1),
         ("eval_rows", 0),
-        ("shortest", 7),
-        ("shortest", 13),
     ],
 )
 def test_ranges(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
         tokens(**{name: value})
+
+
+@pytest.mark.parametrize("shortest", [7, 13])
+def test_the_shortest_row_holds_the_sign_and_is_no_longer_than_the_longest(shortest: int) -> None:
+    with pytest.raises(ValueError, match=f"shortest must be from 8 to length=12, got {shortest}"):
+        tokens(shortest=shortest)
 
 
 @pytest.mark.parametrize(("name", "value"), [("length", 65), ("num_classes", 51)])
