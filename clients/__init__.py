@@ -1,4 +1,4 @@
-"""What runs at a client: local training, of one client or of a cohort in one pass."""
+"""What runs at a client: local training, of one client or of a cohort together."""
 
 from clients.app import CohortApp
 from clients.site import Site

@@ -1,4 +1,4 @@
-"""The ClientApp: decode, train, encode; one client at a time, or a cohort in one pass."""
+"""The ClientApp: decode, train, encode; one client at a time, or a cohort together."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +29,7 @@ from fedsys.secagg.replies import ACTIONS
 
 
 class CohortApp(ClientApp):
-    """A Flower ClientApp whose ``train_cohort`` serves many messages in one pass."""
+    """A Flower ClientApp whose ``train_cohort`` serves many messages together."""
 
     def __init__(self, site: Callable[[Context], Site], mods: list[Any] | None = None) -> None:
         """Serve the clients of ``site(context)``; ``mods`` see one message at a time."""

@@ -1,4 +1,4 @@
-"""Local training of K >= 1 clients in one pass; K = 1 is the same code.
+"""Local training of K >= 1 clients together; K = 1 is the same code.
 
     g_k = dF_k/dw_k + local_gradient(w_k, x_t),     w_k <- optimizer(w_k, g_k)       k = 1..K
 
@@ -96,23 +96,23 @@ def _padded(batches: list[Tensor]) -> Tensor:
 
 def _gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> Tensor:
     """Write the gradients of the losses on ``rows`` (K, B), and return the losses (K,)."""
+    model, together = task.model, by_column(task.examples, rows, task.device)
+    # Sums by row are not reproducible on other devices, and alone there is nothing to gain.
+    if together.cost is not None and len(rows) > 1 and task.device.type == "cpu":
+        alone = by_row(task.examples, rows, task.device, model.layout.size)
+        copies = model.copying * int((rows >= 0).sum())
+        if alone.cost is not None and alone.cost + copies < together.cost:
+            return _gradients_by_row(task, flat, alone)
     if flat.grad is None:
         flat.grad = torch.empty_like(flat)
-    model, together = task.model, by_column(task.examples, rows, task.device)
-    if together.positions and len(rows) > 1:
-        alone = by_row(task.examples, rows, task.device)
-        cheaper = alone.positions + model.copying * rows.numel() < together.positions
-        if cheaper and alone.fit(model.layout.size):
-            losses = _gradients_by_row(task, flat, alone)
-            model.bind(leaves)
-            return losses
+    model.bind(leaves)
     clients = torch.arange(len(rows))[:, None]
     batches = [
         _batch(task, part, clients.expand(part.shape), absent) for part, absent in together.parts
     ]
     # A client's mean is over the targets of all passes.
     targets = torch.stack([client_targets(b["labels"], len(rows)) for b in batches]).sum(0)
-    losses = torch.zeros(len(rows))
+    losses = torch.zeros(len(rows), device=task.device)
     written, tensors = list(model.layout.unpack(flat.grad).values()), list(leaves.values())
     for number, batch in enumerate(batches):
         labels = batch.pop("labels")
@@ -122,33 +122,33 @@ def _gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> 
             torch._foreach_copy_(written, gradients)
         else:
             torch._foreach_add_(written, gradients)
-        losses += parts.detach().float().cpu()
-    return losses
+        losses += parts.detach()
+    return losses.cpu()
 
 
 def _gradients_by_row(task: Task, flat: nn.Parameter, passes: Passes) -> Tensor:
     """Do what ``_gradients`` does where each row has a copy of its client's tensors."""
-    batches = [(_batch(task, part, owner), owner.to(task.device)) for part, owner in passes.parts]
-    targets = torch.zeros(len(flat), dtype=torch.int64, device=task.device)
+    batches = [(_batch(task, part, owner), owner) for part, owner in passes.parts]
+    targets = torch.zeros(len(flat), dtype=torch.int64)
     for batch, owner in batches:
         targets.index_add_(0, owner, row_targets(batch["labels"]))
-    losses = torch.zeros(len(flat), device=task.device)
+    losses = torch.zeros(len(flat))
     gradient = flat.grad = torch.zeros_like(flat)
-    written = [part.flatten(1) for part in task.model.layout.unpack(gradient).values()]
+    unpacked = task.model.layout.unpack(gradient).values()
+    written = [part.reshape(len(part), -1) for part in unpacked]
     for batch, owner in batches:
         labels = batch.pop("labels")
-        parts, gradients = row_gradients(
-            task.model, flat.detach()[owner], batch, labels, targets[owner]
-        )
+        copies = flat.detach()[owner]
+        parts, gradients = row_gradients(task.model, copies, batch, labels, targets[owner])
         for whole, part in zip(written, gradients, strict=True):
             whole.index_add_(0, owner, part)
         losses.index_add_(0, owner, parts.float())
-    return losses.cpu()
+    return losses
 
 
 def _private_gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Tensor) -> Tensor:
     """Write the noised gradients of the lots ``rows`` (K, B), and return NaN (K,)."""
-    lots = by_row(task.examples, rows, task.device)
+    lots = by_row(task.examples, rows, task.device, task.model.layout.size)
     batches = [(_batch(task, part, owner), owner.to(task.device)) for part, owner in lots.parts]
     clients = task.private[: len(flat)]
     flat.grad = private_gradients(task.model, flat.detach(), batches, clients)
@@ -157,7 +157,7 @@ def _private_gradients(task: Task, flat: nn.Parameter, leaves: Params, rows: Ten
 
 def _batch(task: Task, rows: Tensor, owner: Tensor, absent: Tensor | None = None) -> Batch:
     """Return the batch of ``rows``, each that of the client that ``owner`` names at its place."""
-    batch = gather(task.examples, rows, task.device, task.model, absent)
+    batch = gather(task.examples, rows, task.device, absent, task.model)
     if task.flipped is not None:
         labels = batch["labels"]
         flipped = task.flipped[owner.flatten()].to(labels.device)
@@ -204,7 +204,6 @@ def _begin(
     flat = nn.Parameter(rows)
     parts = task.model.layout.unpack(flat.data)
     leaves: Params = {name: nn.Parameter(part) for name, part in parts.items()}
-    task.model.bind(leaves)
     optimizer = task.training.make_optimizer(lr) if previous is None else previous.first(len(rows))
     return flat, leaves, optimizer
 

@@ -16,8 +16,8 @@ from fedsys.cohort import CohortModel
 from fedsys.data.examples import Batch, Examples
 from fedsys.losses import weightless
 
-# Positions that take as long as a pass by itself: 40 to 110 for MiniLM on a CPU, 390 for a model of
-# two small layers. Elsewhere a pass is mostly launches, and its positions cost next to nothing.
+# Positions that take as long as a pass by itself: on a core 40 to 110 for MiniLM, and 390 for two
+# small layers. Elsewhere a pass is mostly launches; that figure is a guess.
 OVERHEAD = {"cpu": 128}
 OVERHEAD_ELSEWHERE = 32768
 LARGEST_PASS = 16_000_000  # numbers in the rows' copies of the trainable tensors
@@ -33,50 +33,57 @@ class Passes:
     """
 
     parts: list[tuple[Tensor, Tensor]]
-    positions: int  # what takes as long as all of them; 0 where rows are of one size
-
-    def fit(self, size: int) -> bool:
-        """Return whether every row of a pass may have a copy of ``size`` numbers."""
-        return all(rows.numel() * size <= LARGEST_PASS for rows, _ in self.parts)
+    cost: int | None = None  # in positions of a row; None: rows are of one size
 
 
 def by_column(examples: Examples, rows: Tensor, device: torch.device) -> Passes:
     """Return passes of ``rows`` (K, B) for models with a copy of what trains for each client.
 
-    The shortest row of all fills up, for tokens can do no harm; but where rows are numbers, a
-    client's own, so that what is broken in one client's data breaks no other client.
+    A client's own row fills it up, so that what is broken in one client's data breaks no other
+    client; and its shortest.
     """
     absent = rows < 0
     lengths = examples.lengths(rows.clamp(min=0).flatten())
+    if lengths is None and not absent.any():
+        return Passes([(rows, absent)])
     if lengths is None:
-        if not absent.any():
-            return Passes([(rows, absent)], 0)
         own = rows.amax(1, keepdim=True).clamp(min=0)
         some = ~absent.all(0)
-        return Passes([(torch.where(absent, own, rows)[:, some], absent[:, some])], 0)
-    lengths = torch.where(absent, torch.iinfo(torch.int64).max, lengths.view(rows.shape))
-    shortest = lengths.argmin()
-    rows = torch.where(absent, rows.flatten()[shortest].clamp(min=0), rows)
-    lengths = torch.where(absent, lengths.flatten()[shortest], lengths)
-    order = lengths.masked_fill(absent, -1).argsort(dim=1, stable=True)
+        return Passes([(torch.where(absent, own, rows)[:, some], absent[:, some])])
+    lengths = lengths.view(rows.shape).masked_fill(absent, -1)
+    order = lengths.argsort(dim=1, stable=True)
     rows, absent, lengths = (part.gather(1, order) for part in (rows, absent, lengths))
+    shortest = absent.sum(1, keepdim=True).clamp(max=rows.shape[1] - 1)
+    rows = torch.where(absent, rows.gather(1, shortest).clamp(min=0), rows)
+    lengths = torch.where(absent, lengths.gather(1, shortest), lengths)
     some = ~absent.all(0)
-    counts, positions = widths(lengths[:, some], _overhead(device))
+    counts, cost = widths(lengths[:, some], _overhead(device))
     parts = zip(rows[:, some].split(counts, 1), absent[:, some].split(counts, 1), strict=True)
-    return Passes(list(parts), positions)
+    return Passes(list(parts), cost)
 
 
-def by_row(examples: Examples, rows: Tensor, device: torch.device) -> Passes:
-    """Return passes of ``rows`` (K, B) for models with a copy of what trains for each row."""
+def by_row(examples: Examples, rows: Tensor, device: torch.device, size: int) -> Passes:
+    """Return passes of ``rows`` (K, B) for models with a copy of what trains for each row.
+
+    A copy has ``size`` numbers.
+    """
     owner, column = (rows >= 0).nonzero(as_tuple=True)
     chosen = rows[owner, column]
-    lengths = examples.lengths(chosen)
-    if lengths is None:
-        return Passes([(chosen, owner)], 0)
-    order = lengths.argsort(stable=True)
-    counts, positions = widths(lengths[order][None], _overhead(device))
-    parts = zip(chosen[order].split(counts), owner[order].split(counts), strict=True)
-    return Passes(list(parts), positions)
+    lengths, cost = examples.lengths(chosen), None
+    counts = [len(chosen)]
+    if lengths is not None:
+        order = lengths.argsort(stable=True)
+        chosen, owner = chosen[order], owner[order]
+        counts, cost = widths(lengths[order][None], _overhead(device))
+    most = max(1, LARGEST_PASS // size)
+    parts = [
+        pair
+        for whole in zip(chosen.split(counts), owner.split(counts), strict=True)
+        for pair in zip(*(part.split(most) for part in whole), strict=True)
+    ]
+    if cost is not None:
+        cost += (len(parts) - len(counts)) * _overhead(device)
+    return Passes(parts, cost)
 
 
 def widths(lengths: Tensor, overhead: int) -> tuple[list[int], int]:
@@ -110,12 +117,12 @@ def gather(
     examples: Examples,
     rows: Tensor,
     device: torch.device,
-    model: CohortModel | None = None,
     absent: Tensor | None = None,
+    model: CohortModel | None = None,
 ) -> Batch:
     """Return the batch of ``rows``, of any shape, one after the other.
 
-    For ``model`` it holds what that remembers of the rows; ``absent`` marks those without weight.
+    ``absent`` marks those without weight; for ``model`` it holds what that remembers of the rows.
     """
     rows = rows.flatten()
     batch = examples.batch(rows)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clients.passes import LARGEST_PASS
 from fedsys.cohort import CohortModel, row_gradients
 from fedsys.data.examples import Batch
 from fedsys.privacy.noise import Stream, grid, noised_rows
@@ -61,16 +60,18 @@ def private_gradients(
     norms = torch.tensor([client.clipping_norm for client in clients], dtype=torch.float64)
     cells = torch.tensor([grid(std) for std in stds], dtype=torch.float64)
     norms, cells = norms.to(params.device), cells.to(params.device)
-    sums = params.new_zeros(params.shape, dtype=torch.float64)
-    for batch, owner in batches:
-        sums += clipped_sums(model, params, batch, owner, norms, cells)
+    sums = clipped_sums(model, params, batches, norms, cells)
     sums = noised_rows(sums.cpu(), stds, [client.stream for client in clients])
     lots = torch.tensor([client.expected_lot for client in clients], dtype=torch.float64)
     return (sums / lots[:, None]).to(params)
 
 
 def clipped_sums(
-    model: CohortModel, params: Tensor, batch: Batch, owner: Tensor, norms: Tensor, cells: Tensor
+    model: CohortModel,
+    params: Tensor,
+    batches: Iterable[tuple[Batch, Tensor]],
+    norms: Tensor,
+    cells: Tensor,
 ) -> Tensor:
     """Return the sums (K, size) of each client's row gradients, clipped to ``norms`` (K,).
 
@@ -79,15 +80,12 @@ def clipped_sums(
     than its norm however many rows there are. Sums in float32 would round by more than that.
     """
     sums = params.new_zeros(params.shape, dtype=torch.float64)
-    parts = [part.flatten(1) for part in model.layout.unpack(sums).values()]
-    labels = batch["labels"]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    each = max(1, LARGEST_PASS // model.layout.size)
-    for first in range(0, len(owner), each):
-        rows = slice(first, first + each)
-        own = owner[rows]
-        chosen = {name: value[rows] for name, value in inputs.items()}
-        _, found = row_gradients(model, params[own], chosen, labels[rows])
+    parts = [part.reshape(len(part), -1) for part in model.layout.unpack(sums).values()]
+    for batch, owner in batches:
+        if not len(owner):
+            continue
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        _, found = row_gradients(model, params[owner], inputs, batch["labels"])
         gradients = [gradient.double() for gradient in found]
         squares = torch.stack([g.square().sum(1) for g in gradients]).sum(0)
         # A gradient that is not finite has no direction to keep: it counts as zero.
@@ -95,10 +93,10 @@ def clipped_sums(
         if not finite.all():
             gradients = [torch.where(finite[:, None], g, 0) for g in gradients]
             squares = torch.where(finite, squares, 0)
-        factors = (norms[own] / squares.sqrt()).clamp(max=1)[:, None]
-        cell = cells[own][:, None]
+        factors = (norms[owner] / squares.sqrt()).clamp(max=1)[:, None]
+        cell = cells[owner][:, None]
         for part, gradient in zip(parts, gradients, strict=True):
-            part.index_add_(0, own, _cut(gradient.mul_(factors), cell))
+            part.index_add_(0, owner, _cut(gradient.mul_(factors), cell))
     return sums
 
 

@@ -1,4 +1,4 @@
-"""How many clients train in one pass."""
+"""How many clients train together."""
 
 import math
 
@@ -9,13 +9,13 @@ from fedsys.data.examples import Examples
 from fedsys.federation import Federation
 from fedsys.memory import available, kept
 
-POSITIONS = 4096  # positions of work in one pass that keep a core busy: rows times tokens
+POSITIONS = 4096  # of work in a step that keep a core busy: rows times tokens
 LARGEST_CHUNK = 100  # clients
 COPIES = 6  # of a client's trainable tensors: weights, gradients twice, two of an optimizer, result
 
 
 def chunk_size(federation: Federation) -> int:
-    """Return how many clients train in one pass: ``engine.chunk``, or by the size of the work.
+    """Return how many clients train together: ``engine.chunk``, or by the size of the work.
 
     Where memory is short it is by what a pass of one client was seen to take.
     """
@@ -24,8 +24,8 @@ def chunk_size(federation: Federation) -> int:
         return int(experiment.engine.chunk)
     limit = min(_largest_chunk(federation), LARGEST_CHUNK)
     if federation.device.type != "cuda":  # that is the better used the larger its work
-        rows = federation.site.training.batch_size * _positions(federation.dataset.train)
-        limit = min(limit, int(POSITIONS / rows))
+        positions = federation.site.training.batch_size * _positions(federation.dataset.train)
+        limit = min(limit, int(POSITIONS / positions))
     limit = max(1, limit)
     # Even chunks: 20 clients by 16 are 10 and 10, in less memory than 16 and 4.
     cohort = getattr(experiment.participation, "cohort", None) or len(federation.shards)

@@ -183,4 +183,4 @@ def row_gradients(
     model.bind(leaves)
     losses = client_losses(model(**inputs), labels, targets)
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
-    return losses.detach(), [gradient.flatten(1) for gradient in gradients]
+    return losses.detach(), [gradient.reshape(len(copies), -1) for gradient in gradients]

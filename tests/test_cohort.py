@@ -1,6 +1,9 @@
 """K clients in one pass are K clients one by one."""
 
+import copy
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -9,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from clients import cohort as local
-from clients.passes import by_column
+from clients.cohort import Task, train_cohort
+from clients.passes import Passes, by_column, by_row
 from clients.training import LocalTraining
 from fedsys.adapters import FFA, Adapter, Full, LoRA, LoRASB, LoRAXS
 from fedsys.cohort import CohortModel
@@ -21,6 +25,7 @@ from tests.cohorts import (
     CPU,
     SIZES,
     TOLERANCE,
+    VOCABULARY,
     Plain,
     distance,
     examples_of,
@@ -252,9 +257,19 @@ def test_filling_up_makes_no_row_longer():
     assert lengths[filled].max() == lengths[short[:3]].max()
 
 
+# ---- steps in many passes
+
+
+@pytest.fixture(params=["by_column", "by_row"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let passes cost nothing, and have them go one way wherever that can be."""
+    monkeypatch.setattr("clients.passes.OVERHEAD", {"cpu": 0})
+    monkeypatch.setattr("fedsys.cohort.COPYING", 0.0 if request.param == "by_row" else 1e9)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("model", ["bert", "llama", "gpt2"])
 @pytest.mark.parametrize("adapter", ["lora_sb", "full"])
-@pytest.mark.parametrize("way", ["by_column", "by_row"])
 def test_a_step_in_many_passes_is_the_step_in_one(
     model: str, adapter: str, way: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -269,24 +284,89 @@ def test_a_step_in_many_passes_is_the_step_in_one(
     ours = mock.Mock(wraps=local._gradients_by_row)
     monkeypatch.setattr(f"clients.cohort.{way}", counted)
     monkeypatch.setattr("clients.cohort._gradients_by_row", ours)
-    monkeypatch.setattr("clients.passes.OVERHEAD", {"cpu": 0})
-    monkeypatch.setattr("fedsys.cohort.COPYING", 0.0 if way == "by_row" else 1e9)
     check(model, adapter, "adam", torch.float64)
     assert max(counts) >= 4
     assert ours.called == (way == "by_row")
 
 
-def test_rows_have_copies_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch):
-    ours = mock.Mock(wraps=local._gradients_by_row)
-    monkeypatch.setattr("clients.cohort._gradients_by_row", ours)
+@pytest.mark.parametrize("first", [0, 1])
+def test_steps_may_go_either_way(first: int, monkeypatch: pytest.MonkeyPatch):
+    calls = itertools.count(first)
+
+    def every_other(*args: Any) -> Passes:
+        found = by_row(*args)
+        return found if next(calls) % 2 == 0 else Passes(found.parts)  # of no known cost
+
     monkeypatch.setattr("clients.passes.OVERHEAD", {"cpu": 0})
     monkeypatch.setattr("fedsys.cohort.COPYING", 0.0)
-    size = CohortModel(attached("bert", "lora_sb", torch.float64)).layout.size
-    for most, called in ((size, False), (100 * size, True)):
-        ours.reset_mock()
-        monkeypatch.setattr("clients.passes.LARGEST_PASS", most)
-        check("bert", "lora_sb", "sgd", torch.float64)
-        assert ours.called == called
+    monkeypatch.setattr("clients.cohort.by_row", every_other)
+    check("bert", "lora_sb", "momentum", torch.float64, epochs=3)
+    assert next(calls) >= 6
+
+
+@pytest.mark.usefixtures("way")
+def test_labels_are_flipped_in_every_pass_and_of_the_malicious_alone():
+    built, training = attached("bert", "lora_sb", torch.float64), training_of("sgd")
+    examples, batches = texts(sum(SIZES), labelled=True), plan(training)
+    flipped = torch.tensor([True, False, True, False])
+    labels = examples.labels.clone()
+    for rows in (batches[0], batches[2]):
+        own = rows[rows >= 0].unique()
+        labels[own] = CLASSES - 1 - labels[own]
+    expected, _ = together(built, replace(examples, labels=labels), training, batches)
+    cohort = CohortModel(copy.deepcopy(built))
+    task = Task(cohort, examples, training, lambda w, x: {}, CPU, flipped, CLASSES)
+    trained, _ = train_cohort(task, cohort.initial, batches, training.lr)
+    for found, right in zip(map(cohort.layout.unpack, trained), expected, strict=True):
+        assert distance(found, right, trainable(built)) <= 1e-10
+
+
+@pytest.mark.usefixtures("way")
+def test_a_token_that_is_broken_breaks_its_own_client_only():
+    built, training = attached("bert", "lora_sb", torch.float64), training_of("sgd")
+    examples, batches = texts(sum(SIZES), labelled=True), plan(training)
+    broken = VOCABULARY - 1
+    tokens = examples.tokens.clamp(max=broken - 1)
+    expected, _ = together(built, replace(examples, tokens=tokens), training, batches)
+    tokens[0] = broken  # in the only row of the first client
+    built.get_submodule("backbone.bert.embeddings.word_embeddings").weight.data[broken] = math.nan
+    found, _ = together(built, replace(examples, tokens=tokens), training, batches)
+    assert all(value.isnan().any() for value in found[0].values())
+    for client in (1, 2, 3):
+        assert distance(found[client], expected[client], trainable(built)) <= 1e-10
+
+
+class Scale(nn.Module):
+    """A factor on what comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+class Scaled(nn.Module):
+    """A frozen model whose logits have a trained factor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.scale = model.requires_grad_(False), Scale()
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        logits: Tensor = self.scale(self.model(**inputs))
+        return logits
+
+
+@pytest.mark.usefixtures("way")
+def test_a_number_by_itself_is_trained_as_well():
+    built, training = Scaled(network("bert")), training_of("sgd")
+    examples, batches = texts(sum(SIZES), labelled=True), plan(training)
+    found, _ = together(built, examples, training, batches)
+    for client, batch in enumerate(batches):
+        ((alone,), _) = together(built, examples, training, [batch])
+        assert distance(found[client], alone, trainable(built)) <= 1e-10
 
 
 def test_a_row_of_one_token_has_nothing_to_predict():

@@ -60,19 +60,23 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_row_has_weight_once_and_every_client_as_many_rows_in_a_pass():
     examples = texts(24, labelled=True)
     rows = torch.full((3, 9), -1)
-    rows[0], rows[1, 2:6], rows[2, 8] = torch.arange(9), torch.arange(9, 13), 20
+    short = 13 + int(examples.lengths(torch.arange(13, 24)).argmin())
+    rows[0], rows[1, 2:6], rows[2, 8] = torch.arange(9), torch.arange(9, 13), short
     found = by_column(examples, rows, CPU).parts
     assert len(found) > 2
     for client in range(3):
         own = rows[client][rows[client] >= 0]
         weighed = torch.cat([part[client][~absent[client]] for part, absent in found])
         assert sorted(weighed.tolist()) == own.tolist()
-    shortest = int(examples.lengths(rows[rows >= 0]).min())
+        # What fills up is the client's own, and its shortest.
+        filling = torch.cat([part[client][absent[client]] for part, absent in found])
+        assert set(filling.tolist()) <= set(own.tolist())
+        shortest = examples.lengths(own).min()
+        assert examples.lengths(filling).eq(shortest).all()
     for part, absent in found:
         assert part.shape == absent.shape
         assert not absent.all(0).any()
-        assert examples.lengths(part[absent]).eq(shortest).all()  # what fills up
-        labels = gather(examples, part, CPU, None, absent)["labels"]
+        labels = gather(examples, part, CPU, absent)["labels"]
         assert torch.equal(labels == IGNORE, absent.flatten())
 
 
@@ -93,14 +97,30 @@ def test_rows_by_themselves_are_parted_by_length_and_keep_their_owners():
     examples = texts(24, labelled=True)
     rows = torch.arange(24).view(3, 8).clone()
     rows[1, 3:] = -1
-    found = by_row(examples, rows, CPU).parts
+    found = by_row(examples, rows, CPU, 1).parts
     assert len(found) > 2
     pairs = [pair for part, owner in found for pair in zip(part.tolist(), owner.tolist())]  # noqa: B905
     expected = [(int(row), k) for k in range(3) for row in rows[k] if row >= 0]
     assert sorted(pairs) == expected
     for part, _ in found:
         assert len(examples.lengths(part).unique()) == 1
-    ((part, owner),) = by_row(vectors(24), rows, CPU).parts
+    ((part, owner),) = by_row(vectors(24), rows, CPU, 1).parts
     assert list(zip(part.tolist(), owner.tolist(), strict=True)) == expected
-    ((part, owner),) = by_row(examples, torch.full((2, 3), -1), CPU).parts
+    ((part, owner),) = by_row(examples, torch.full((2, 3), -1), CPU, 1).parts
     assert len(part) == len(owner) == 0
+
+
+@pytest.mark.usefixtures("free")
+def test_a_pass_holds_no_more_copies_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clients.passes.LARGEST_PASS", 20)
+    monkeypatch.setattr("clients.passes.OVERHEAD", {"cpu": 3})
+    examples, rows = texts(24, labelled=True), torch.arange(24).view(3, 8)
+    whole, parted = by_row(examples, rows, CPU, 1), by_row(examples, rows, CPU, 10)
+    assert max(len(part) for part, _ in whole.parts) > 2
+    assert max(len(part) for part, _ in parted.parts) == 2
+    more = len(parted.parts) - len(whole.parts)
+    assert parted.cost == whole.cost + 3 * more
+    for place in (0, 1):
+        joined = [torch.cat([pair[place] for pair in found.parts]) for found in (whole, parted)]
+        assert torch.equal(*joined)
+    assert max(len(part) for part, _ in by_row(examples, rows, CPU, 21).parts) == 1

@@ -21,7 +21,7 @@ from fedsys.data import TensorExamples
 from fedsys.losses import client_losses, client_targets
 from fedsys.params import Layout, norm
 from fedsys.privacy.noise import SeededStream, grid
-from tests.cohorts import CPU, examples_of, network, vectors
+from tests.cohorts import CPU, examples_of, network, texts, vectors
 
 SGD = LocalTraining(lr=0.5, batch_size=4)
 ADAPTERS: dict[str, Adapter] = {
@@ -165,11 +165,35 @@ def test_passes_of_few_rows_add_up():
     cohort, batch = cohort_of("mlp", "full"), double_batch("mlp", 9)
     owner, norms = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2]), torch.tensor([0.1, 0.2, 0.3])
     params, cells = cohort.initial.repeat(3, 1), torch.zeros(3).double()
-    whole = clipped_sums(cohort, params, batch, owner, norms.double(), cells)
-    with mock.patch.object(private, "LARGEST_PASS", 2 * cohort.layout.size):
-        parts = clipped_sums(cohort, params, batch, owner, norms.double(), cells)
+
+    def summed(*parts: slice) -> Tensor:
+        batches = [({n: v[part] for n, v in batch.items()}, owner[part]) for part in parts]
+        return clipped_sums(cohort, params, batches, norms.double(), cells)
+
+    whole, parts = summed(slice(9)), summed(slice(2), slice(2, 2), slice(2, 9))
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
     assert whole.norm(dim=1).min() > 0
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_a_lot_in_passes_by_length_is_the_lot_in_one(model: str, monkeypatch: pytest.MonkeyPatch):
+    cohort, examples = cohort_of(model, "lora_sb"), texts(24, labelled=model == "bert")
+    guards = (stub(lot=8.0, clip=0.05), stub(lot=4.0, clip=0.1, name=1))
+    task = Task(cohort, examples, SGD, lambda w, x: {}, CPU, private=guards)
+    plans = [torch.arange(16).view(2, 8), torch.tensor([[16, 17, 18, -1], [-1, 19, 20, 21]])]
+
+    def trained(overhead: int) -> Tensor:
+        monkeypatch.setattr("clients.passes.OVERHEAD", {"cpu": overhead})
+        return train_cohort(task, cohort.initial, plans, 0.5)[0]
+
+    with mock.patch.object(private, "row_gradients", wraps=private.row_gradients) as ours:
+        whole = trained(10**6)
+        assert ours.call_count == 2  # of two steps
+        parts = trained(0)
+        assert ours.call_count > 6
+    moved = (whole - cohort.initial).norm(dim=1)
+    assert moved.min() > 0
+    assert ((parts - whole).norm(dim=1) <= 1e-10 * moved).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -181,8 +205,8 @@ def test_no_row_moves_the_sum_by_more_than_its_clipping_norm(dtype, scale):
     params = cohort.initial.to(dtype)[None]
     clip, cell = torch.tensor([0.25]).double(), torch.tensor([grid(0.25)]).double()
     sums = [
-        clipped_sums(cohort, params, {n: v[:rows] for n, v in batch.items()}, owner, clip, cell)
-        for rows, owner in ((k, torch.zeros(k, dtype=torch.int64)) for k in range(1, 9))
+        clipped_sums(cohort, params, [({n: v[:k] for n, v in batch.items()}, owner)], clip, cell)
+        for k, owner in ((k, torch.zeros(k, dtype=torch.int64)) for k in range(1, 9))
     ]
     before = torch.zeros_like(sums[0])
     for total in sums:
@@ -206,7 +230,7 @@ def test_a_row_among_very_many_moves_the_sum_by_no_more(kind):
             private, "row_gradients", lambda *args: (None, [args[2]["x"].clone()])
         )
         with given:
-            return clipped_sums(cohort, torch.zeros(1, 1, dtype=kind), batch, owner, clip, cell)
+            return clipped_sums(cohort, torch.zeros(1, 1, dtype=kind), [(batch, owner)], clip, cell)
 
     owner = torch.zeros(len(gradients), dtype=torch.int64)
     naive = [torch.zeros(1).index_add_(0, owner[k:], gradients[k:, 0]).item() for k in (0, 1)]
@@ -219,9 +243,9 @@ def test_a_gradient_that_is_not_finite_counts_as_zero():
     owner, clip = torch.zeros(3, dtype=torch.int64), torch.tensor([1.0]).double()
     others = {n: v[1:] for n, v in batch.items()}
     cell = torch.zeros(1).double()
-    expected = clipped_sums(cohort, cohort.initial[None], others, owner[1:], clip, cell)
+    expected = clipped_sums(cohort, cohort.initial[None], [(others, owner[1:])], clip, cell)
     batch["x"][0] = math.nan
-    found = clipped_sums(cohort, cohort.initial[None], batch, owner, clip, cell)
+    found = clipped_sums(cohort, cohort.initial[None], [(batch, owner)], clip, cell)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -795,8 +795,8 @@ def test_rows_that_are_not_clipped_are_seen(
     monkeypatch.setattr(
         clients.private,
         "clipped_sums",
-        lambda model, params, batch, owner, norms, cells: right(
-            model, params, batch, owner, torch.full_like(norms, 1e9), cells
+        lambda model, params, batches, norms, cells: right(
+            model, params, batches, torch.full_like(norms, 1e9), cells
         ),
     )
     assert longest(tmp_path) > 10

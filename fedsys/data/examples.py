@@ -157,7 +157,8 @@ class TokenExamples(Examples):
         """Return positions in ``tokens`` (b, L), and which of them belong to the row."""
         start = self.offsets[rows]
         length = self.offsets[rows + 1] - start
-        column = torch.arange(int(length.max()) if len(rows) else 0)
+        # One column of padding at least: models cannot run rows that are all without tokens.
+        column = torch.arange(max(1, int(length.max())) if len(rows) else 0)
         index = (start[:, None] + column).clamp_(max=len(self.tokens) - 1)
         return index, column < length[:, None]
 
