@@ -127,6 +127,12 @@ def test_positions_are_the_longest_row():
     assert ragged([[1], [1, 2, 3]]).positions == 3
 
 
+def test_rows_without_tokens_are_one_column_of_padding():
+    batch = ragged([[], [5]], [0, 1]).batch(torch.tensor([0, 0]))
+    assert batch["input_ids"].shape == (2, 1)
+    assert not batch["attention_mask"].any()
+
+
 def test_fingerprint_follows_content():
     digits = Digits().load(None, 0, ())
     again = Digits().load(None, 0, ())

@@ -80,13 +80,7 @@ def test_the_label_can_be_kept_as_a_column(tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("rows", 0),
-        ("length", 7),
-        ("num_classes", 1),
-        ("eval_rows", 0),
-    ],
+    ("name", "value"), [("rows", 0), ("length", 7), ("num_classes", 1), ("eval_rows", 0)]
 )
 def test_ranges(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):

@@ -43,7 +43,8 @@ class LowRank(nn.Module):
         if self.scaling != 1:
             low = self.scaling * low
         if type(self.B) is not nn.Linear:
-            return y + _apply(self.B, low.to(x.dtype)).to(y.dtype)
+            update: Tensor = self.B(low.to(x.dtype))
+            return y + update.to(y.dtype)
         # The product is added as it is made: one pass over the output in place of three.
         factor = self.B.weight.to(y.dtype)
         flat, inner = y.reshape(-1, y.shape[-1]), low.to(y.dtype).reshape(-1, low.shape[-1])
